@@ -1,0 +1,1 @@
+"""From records to claims: the tables, comparisons, summaries and figures of a study; needs no PyTorch."""

@@ -1,0 +1,543 @@
+"""The records of a study: JSON lines while trials run, Parquet tables to analyse.
+
+A study folder holds `study.json` and one `trials/<trial id>.jsonl` per trial, which are the truth; `tables/`
+is built from them and can be built again. Every other file of this package reads `Tables` and nothing else.
+"""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nas.genotype import Genotype
+
+SCHEMA = 1
+"""Version of the rows and tables; a change that old readers would misread increments it."""
+
+STATUSES = ("completed", "pruned", "failed", "oom", "diverged", "pending")
+"""What became of a trial; `pending` means that it has started and not ended."""
+
+END_METRICS = (
+    "test_error",
+    "test_loss",
+    "valid_error",
+    "params_m",
+    "madds_m",
+    "skips",
+    "search_seconds",
+    "retrain_seconds",
+    "peak_memory_mb",
+)
+"""End metrics that are columns of every trials table, if need be empty; others follow as they occur."""
+
+Row = dict[str, Any]
+
+_ROW_FIELDS = {
+    "start": {"trial", "attempt", "time", "name", "arm", "axes", "config"},
+    "epoch": {"trial", "attempt", "time", "stage", "part", "epoch", "metrics", "genotype"},
+    "end": {"trial", "attempt", "time", "status", "reason", "genotype", "metrics"},
+}
+_STUDY_FIELDS = {"schema", "study_id", "name", "question", "axis", "reference", "baseline", "arms"}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The records of one study, ready to analyse; data frames are not to be changed in place."""
+
+    study: dict[str, Any]
+    """Content of `study.json`: name, question, arms, reference, baseline, provenance."""
+
+    trials: pd.DataFrame
+    """One row per trial: axes, config, status and end metrics."""
+
+    epochs: pd.DataFrame
+    """One row per trial, stage, epoch and metric; `value` is NaN where the metric was null."""
+
+    genotypes: pd.DataFrame
+    """One row per epoch that has a genotype, and one of stage `final` for the genotype a trial ended with."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms in the order of the study; those it does not list, the baseline first, come last."""
+        return _arm_order(self.study, self.trials["arm"])
+
+    @property
+    def baseline(self) -> str | None:
+        """Arm of randomly drawn architectures, if the study has one."""
+        name: str | None = self.study["baseline"]
+        return name
+
+    @property
+    def reference(self) -> str | None:
+        """Arm that the others are compared with, if the study names one."""
+        name: str | None = self.study["reference"]
+        return name
+
+    def finals(self, arm: str | None = None) -> pd.DataFrame:
+        """Trials (of an arm) that completed with a test error: the runs that claims rest on."""
+        used = (self.trials["status"] == "completed") & self.trials["test_error"].notna()
+        return self.trials[used if arm is None else used & (self.trials["arm"] == arm)]
+
+
+# Rows
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Append one record as a JSON line, on disk when this returns; numbers that are not finite become null.
+
+    A last line torn by a crash is removed first, with a warning: it would spoil the new record.
+
+    Raises:
+        TypeError: a value is not JSON; numpy scalars are converted.
+    """
+    line = json.dumps(_finite(row), allow_nan=False).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        _mend(file, path)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Records of a JSON lines file, in file order; a last line torn by a crash is left out with a warning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line before the last is not a JSON object; the message names file and line.
+    """
+    lines = path.read_bytes().rstrip().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _parse(line)
+        except ValueError as error:
+            if number == len(lines):
+                warnings.warn(
+                    f"{path}, line {number}: left out, torn by a crash while it was written", stacklevel=2
+                )
+                break
+            raise ValueError(
+                f"{path}, line {number} is not a record: {error}; restore the file, or delete the line"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """Content of `study.json`.
+
+    Raises:
+        FileNotFoundError: the folder holds no `study.json`.
+        ValueError: it is not JSON, of another schema version, or a field is missing or of the wrong form.
+    """
+    path = folder / "study.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a study: it holds no study.json; give the folder a study was run into"
+        )
+    try:
+        study = _parse(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a JSON object: {error}; restore it from a copy of the study"
+        ) from error
+    if study.get("schema") != SCHEMA:
+        found = study.get("schema")
+        raise ValueError(
+            f"{path} has schema {found!r}, not {SCHEMA}; use the version of this package that wrote it"
+        )
+    if missing := _STUDY_FIELDS - study.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; restore it from a copy of the study")
+    arms = study["arms"]
+    if (
+        not isinstance(arms, list)
+        or not all(isinstance(arm, str) for arm in arms)
+        or len(set(arms)) < len(arms)
+    ):
+        raise ValueError(f"{path}: arms={arms!r} must be a list of different names")
+    for role in ("reference", "baseline"):
+        if study[role] is not None and not isinstance(study[role], str):
+            raise ValueError(f"{path}: {role}={study[role]!r} must be the name of an arm, or null")
+    if study["reference"] is not None and study["reference"] not in (*arms, study["baseline"]):
+        raise ValueError(
+            f"{path}: reference={study['reference']!r} is not an arm; use one of {', '.join(arms)}, or null"
+        )
+    return study
+
+
+def _parse(text: bytes) -> Row:
+    value = json.loads(text, parse_constant=lambda _: None)  # a UnicodeDecodeError is a ValueError, too
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__} instead of an object")
+    return value
+
+
+def _mend(file: BinaryIO, path: Path) -> None:
+    """Make an open file end with a whole line."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+        return
+    file.seek(0)
+    content = file.read()
+    start = content.rfind(b"\n") + 1
+    try:
+        _parse(content[start:])
+    except ValueError:
+        warnings.warn(f"{path}: removed its last line, torn by a crash while it was written", stacklevel=3)
+        file.truncate(start)
+    else:
+        file.write(b"\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value in plain Python types, with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Trials, as their rows tell
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What the rows of one trial say after retries: last start, last end, one row per stage and epoch."""
+
+    start: Row
+    started: float
+    attempts: int
+    epochs: list[Row]
+    end: Row | None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], path: Path) -> "_Trial":
+        _check_rows(rows, path)
+        starts = [row for row in rows if row["kind"] == "start"]
+        ends = [index for index, row in enumerate(rows) if row["kind"] == "end"]
+        end = rows[ends[-1]] if ends else None
+        # Tried again after a failure, a trial has no outcome yet; a completed one keeps its outcome.
+        if end and end["status"] != "completed" and any(row["kind"] == "start" for row in rows[ends[-1] :]):
+            end = None
+        return cls(
+            start=starts[-1],
+            started=starts[0]["time"],
+            attempts=len({row["attempt"] for row in rows}),
+            epochs=list(
+                {(row["stage"], row["epoch"]): row for row in rows if row["kind"] == "epoch"}.values()
+            ),
+            end=end,
+        )
+
+    @property
+    def id(self) -> str:
+        return str(self.start["trial"])
+
+
+def _check_rows(rows: Sequence[Row], path: Path) -> None:
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, record {number}"
+        fields = _ROW_FIELDS.get(row.get("kind", ""))
+        if fields is None:
+            raise ValueError(f"{where} has kind {row.get('kind')!r}; use one of {', '.join(_ROW_FIELDS)}")
+        if missing := fields - row.keys():
+            raise ValueError(f"{where} ({row['kind']}) lacks {', '.join(sorted(missing))}")
+        if row["trial"] != path.stem:
+            raise ValueError(
+                f"{where} is of trial {row['trial']!r}; a trial's records belong in {row['trial']}.jsonl"
+            )
+        if row["kind"] == "end" and row["status"] not in STATUSES[:-1]:
+            raise ValueError(f"{where} has status {row['status']!r}; use one of {', '.join(STATUSES[:-1])}")
+        for name, value in row.get("metrics", {}).items():
+            if value is not None and not isinstance(value, int | float):
+                raise ValueError(f"{where}: metric {name}={value!r} is not a number; use a number or null")
+        try:
+            _ = None if row.get("genotype") is None else _described(row["genotype"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not any(row["kind"] == "start" for row in rows):
+        raise ValueError(
+            f"{path} has no start record, so its arm and config are not known; restore or delete the file"
+        )
+
+
+def _read_trials(folder: Path, study: Mapping[str, Any]) -> list[_Trial]:
+    trials = []
+    for path in sorted((folder / "trials").glob("*.jsonl")):
+        rows = read_rows(path)
+        if rows:
+            trials.append(_Trial.from_rows(rows, path))
+        else:
+            warnings.warn(f"{path} holds no record: a crash before its first one; left out", stacklevel=3)
+    order = {
+        arm: index for index, arm in enumerate(_arm_order(study, (trial.start["arm"] for trial in trials)))
+    }
+    return sorted(trials, key=lambda trial: (order[trial.start["arm"]], trial.id))
+
+
+def _arm_order(study: Mapping[str, Any], used: Iterable[str]) -> tuple[str, ...]:
+    baseline = [] if study["baseline"] is None else [study["baseline"]]
+    return tuple(dict.fromkeys([*study["arms"], *baseline, *sorted(set(used))]))
+
+
+# Tables
+
+
+def export(folder: Path) -> dict[str, Path]:
+    """Build the tables of a study from its records; the same records give the same bytes.
+
+    A retried trial counts once: of the rows for one stage and epoch the last is taken, as is the last end.
+    A trial started again after an end other than `completed` is pending.
+
+    Returns:
+        The files by name: `trials`, `epochs`, `genotypes` and `manifest`.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_study` and `read_rows`; or a record is not as it should be.
+    """
+    study = read_study(folder)
+    trials = _read_trials(folder, study)
+    tables = {
+        "trials": _trials_table(study, trials),
+        "epochs": _epochs_table(trials),
+        "genotypes": _genotypes_table(trials),
+    }
+    manifest: dict[str, Any] = {"schema": SCHEMA, "study_id": study["study_id"], "rows": {}, "sha256": {}}
+    paths = {name: folder / "tables" / f"{name}.parquet" for name in tables}
+    for name, table in tables.items():
+        content = _parquet(table, study["study_id"])
+        _replace(paths[name], content)
+        manifest["rows"][name] = table.num_rows
+        manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
+    paths["manifest"] = folder / "tables" / "manifest.json"
+    _replace(paths["manifest"], json.dumps(manifest, indent=2).encode() + b"\n")
+    return paths
+
+
+def read_tables(folder: Path) -> Tables:
+    """The exported tables of a study.
+
+    Raises:
+        FileNotFoundError: the study has no tables yet.
+        ValueError: the tables are of another schema version, or not those that the manifest describes.
+    """
+    study = read_study(folder)
+    path = folder / "tables" / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no tables yet; build them with export(folder)")
+    manifest = _parse(path.read_bytes())
+    if manifest.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; export again"
+        )
+    frames = {}
+    for name, digest in manifest["sha256"].items():
+        content = path.with_name(f"{name}.parquet").read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(
+                f"{path.with_name(name)}.parquet is not the file its manifest describes; export again"
+            )
+        frames[name] = _frame(pq.read_table(pa.BufferReader(content)))
+    return Tables(study, frames["trials"], frames["epochs"], frames["genotypes"])
+
+
+def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Table:
+    axes = _columns(
+        "axes.", [{key: _scalar(value) for key, value in t.start["axes"].items()} for t in trials]
+    )
+    config = _columns("", [dict(_flat(trial.start["config"], "config")) for trial in trials])
+    seeds = _columns("", [_seeds(trial.start) for trial in trials])
+    ends: list[Row] = [trial.end or {} for trial in trials]
+    texts = [end.get("genotype") for end in ends]
+    columns = {
+        "study_id": _strings(study["study_id"] for _ in trials),
+        "trial_id": _strings(trial.id for trial in trials),
+        "arm": _strings(trial.start["arm"] for trial in trials),
+        "name": _strings(trial.start["name"] for trial in trials),
+        **{name: _typed(values) for name, values in axes.items()},
+        **{name: _typed(values) for name, values in seeds.items()},
+        "status": _strings(end.get("status", "pending") for end in ends),
+        "reason": _strings(end.get("reason") for end in ends),
+        "attempts": pa.array([trial.attempts for trial in trials], pa.int64()),
+        "started": _times(trial.started for trial in trials),
+        "ended": _times(end.get("time") for end in ends),
+        "genotype": _strings(texts),
+        "genotype_key": _strings(None if text is None else _described(text)["key"] for text in texts),
+    }
+    metrics = [end.get("metrics", {}) for end in ends]
+    for name in (*END_METRICS, *sorted({name for row in metrics for name in row} - set(END_METRICS))):
+        if name in columns:
+            raise ValueError(
+                f"the end metric {name!r} has the name of another column of trials; rename the metric"
+            )
+        columns[name] = _floats(row.get(name) for row in metrics)
+    return pa.table(columns | {name: _typed(values) for name, values in config.items()})
+
+
+def _epochs_table(trials: Sequence[_Trial]) -> pa.Table:
+    rows: list[tuple[Any, ...]] = []
+    for trial in sorted(trials, key=lambda trial: trial.id):
+        of_trial = [
+            (trial.id, row["attempt"], row["stage"], row["part"], row["epoch"], key, value, row["time"])
+            for row in trial.epochs
+            for key, value in row["metrics"].items()
+        ]
+        rows += sorted(of_trial, key=lambda row: (row[2], row[5], row[4]))
+    trial_id, attempt, stage, part, epoch, key, value, time = zip(*rows, strict=True) if rows else [()] * 8
+    # Dictionaries only now that the rows are in order: Arrow does not sort dictionary columns.
+    return pa.table(
+        {
+            "trial_id": _strings(trial_id).dictionary_encode(),
+            "attempt_id": _strings(attempt).dictionary_encode(),
+            "stage": _strings(stage).dictionary_encode(),
+            "part": pa.array(part, pa.int64()),
+            "epoch": pa.array(epoch, pa.int64()),
+            "key": _strings(key).dictionary_encode(),
+            "value": _floats(value),
+            "timestamp": _times(time),
+        }
+    )
+
+
+def _genotypes_table(trials: Sequence[_Trial]) -> pa.Table:
+    rows: list[Row] = []
+    for trial in sorted(trials, key=lambda trial: trial.id):
+        by_epoch = sorted(trial.epochs, key=lambda row: (row["stage"], row["epoch"]))
+        for row in [*by_epoch, *([trial.end | {"stage": "final"}] if trial.end else [])]:
+            if row["genotype"] is not None:
+                found = {name: row.get(name) for name in ("stage", "epoch")}
+                prices = {name: row["metrics"].get(name) for name in ("params_m", "madds_m")}
+                rows.append({"trial_id": trial.id} | found | _described(row["genotype"]) | prices)
+    types = dict.fromkeys(("trial_id", "stage", "genotype", "key"), pa.string()) | {"epoch": pa.int64()}
+    counts = [f"{name}_{cell}" for name in ("skips", "depth", "width") for cell in ("normal", "reduce")]
+    types |= dict.fromkeys(counts, pa.int64()) | dict.fromkeys(("params_m", "madds_m"), pa.float64())
+    order = ["trial_id", "stage", "epoch", "genotype", "key", *counts, "params_m", "madds_m"]
+    return pa.table({name: pa.array([row[name] for row in rows], types[name]) for name in order})
+
+
+@lru_cache(maxsize=4096)
+def _described(text: str) -> Row:
+    """The columns that a genotype determines; `width` counts the edges that leave the cell's two inputs."""
+    genotype = Genotype.parse(text)
+    cells = {"normal": genotype.normal, "reduce": genotype.reduce}
+    return {
+        "genotype": json.dumps(genotype.to_json(), separators=(",", ":")),
+        "key": genotype.key,
+        **{f"skips_{name}": cell.skips for name, cell in cells.items()},
+        **{f"depth_{name}": cell.depth for name, cell in cells.items()},
+        **{f"width_{name}": cell.input_edges for name, cell in cells.items()},
+    }
+
+
+def _seeds(start: Row) -> Row:
+    """Seeds of a trial by name: the fields `seed` and `..._seed` of its config and its axes."""
+    fields = {**start["axes"], **start["config"]}
+    return {name: value for name, value in fields.items() if name == "seed" or name.endswith("_seed")}
+
+
+def _flat(value: object, name: str) -> Iterator[tuple[str, object]]:
+    """Leaves of nested config as (`config.search.0.epochs`, value); an empty dict or list is a leaf."""
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _flat(item, f"{name}.{key}")
+    else:
+        yield name, _scalar(value)
+
+
+def _scalar(value: object) -> object:
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+# Columns
+
+
+def _columns(prefix: str, rows: Sequence[Row]) -> dict[str, list[object]]:
+    """Rows as columns, in order of first appearance, with None where a row has no such field."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {prefix + name: [row.get(name) for row in rows] for name in names}
+
+
+def _typed(values: Sequence[object]) -> pa.Array:
+    """Column of the one type that the values share; values of mixed types become strings."""
+    types = {type(value) for value in values if value is not None}
+    if not types:
+        return pa.nulls(len(values))
+    if types == {bool}:
+        return pa.array(values, pa.bool_())
+    if types == {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):  # type: ignore[operator]
+        return pa.array(values, pa.int64())
+    if types in ({float}, {int, float}):
+        return _floats(values)
+    return _strings(
+        value if value is None or isinstance(value, str) else json.dumps(value) for value in values
+    )
+
+
+def _strings(values: Iterable[object]) -> pa.Array:
+    return pa.array(list(values), pa.string())
+
+
+def _floats(values: Iterable[Any]) -> pa.Array:
+    return pa.array([None if value is None else float(value) for value in values], pa.float64())
+
+
+def _times(values: Iterable[float | None]) -> pa.Array:
+    """Unix times in seconds as timestamps in UTC."""
+    microseconds = [None if value is None else round(value * 1e6) for value in values]
+    return pa.array(microseconds, pa.timestamp("us", tz="UTC"))
+
+
+# Files
+
+
+def _parquet(table: pa.Table, study_id: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    metadata = {"nas.schema": str(SCHEMA), "nas.study_id": study_id}
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """Data frame of a table; integers and truth values with gaps become pandas Int64 and boolean."""
+    frame: pd.DataFrame = table.to_pandas()
+    nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+    for field in table.schema:
+        column = table[field.name]
+        if column.null_count and field.type in nullable:
+            frame[field.name] = column.to_pandas(types_mapper=nullable.get)
+    return frame

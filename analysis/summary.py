@@ -1,0 +1,252 @@
+"""What a study found, as a table of its arms and as sentences, with every n and every missing run."""
+
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis.compare import POWER, Difference, difference, holm, mean_interval, relative_improvement, verdict
+from analysis.records import Tables
+
+WIDTH = 100
+"""Columns of a terminal that `render` fits; long names of arms are wrapped."""
+
+_MEANS = ("params_m", "skips", "search_seconds", "peak_memory_mb")
+
+
+def summarise(tables: Tables) -> pd.DataFrame:
+    """One row per arm, in the order of the study.
+
+    Columns:
+        arm, role: its name, and `reference`, `baseline` or nothing.
+        n: completed trials with a test error; the numbers below are of these.
+        n_total, n_pruned, n_failed, n_pending, n_missing: all trials, and those that are not in n; failed
+            includes oom and diverged, missing are those completed without a test error.
+        error_mean, error_low, error_high, no_interval: mean test error in percent with its 95 % t interval,
+            or the reason why there is no interval.
+        params_m, skips, search_seconds, peak_memory_mb: means.
+        n_unique: different final networks, counted by genotype key.
+    """
+    return pd.DataFrame([_summary(tables, arm) for arm in tables.arms])
+
+
+def rows(summary: pd.DataFrame) -> Iterable[Any]:
+    """Rows of a summary, with its columns as attributes."""
+    return summary.itertuples()
+
+
+def claims(tables: Tables) -> list[str]:
+    """Plain sentences on what the study shows: each arm against the reference arm and against random.
+
+    The claim judged is always that the arm errs less. All comparisons form one family for Holm's adjustment.
+    """
+    pairs = _pairs(tables)
+    results = {pair: _compared(tables, *pair) for pair in pairs}
+    p_values = {pair: result.p for pair, result in results.items() if result and result.p is not None}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    sentences = [_counts(tables)]
+    sentences += [_claim(tables, pair, results[pair], adjusted.get(pair)) for pair in pairs]
+    if p_values:
+        sentences.append(
+            "Intervals are 95 % Welch intervals, each on its own; p is adjusted by Holm's method over "
+            f"{_count(len(p_values), 'comparison')}; a claim is decided where p < 0.05."
+        )
+    if tables.baseline is None:
+        sentences.append(
+            "The study has no random baseline, so it cannot say whether an arm is better than random."
+        )
+    if tables.reference is None:
+        sentences.append("The study names no reference arm, so its arms are not compared with one another.")
+    return sentences
+
+
+def render(summary: pd.DataFrame) -> str:
+    """Text table of a summary for a terminal of 100 columns, with notes on what is missing below it."""
+    header, *body = _cells(summary)
+    widths = [max(len(row[column]) for row in (header, *body)) for column in range(len(header))]
+    widths[0] = max(min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])), 12)
+    lines = []
+    for row in (header, ["-" * width for width in widths], *body):
+        name, *more = textwrap.wrap(row[0], widths[0], subsequent_indent="  ") or [""]
+        values = [value.rjust(width) for value, width in zip(row[1:], widths[1:], strict=True)]
+        lines += ["  ".join([name.ljust(widths[0]), *values]), *more]
+    notes = [textwrap.fill(note, WIDTH) for note in _notes(summary)]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def to_markdown(summary: pd.DataFrame) -> str:
+    """Markdown table of a summary, with notes on what is missing below it."""
+    header, *body = [[value.replace("|", "\\|") for value in row] for row in _cells(summary)]
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
+    notes = [f"- {note}" for note in _notes(summary)]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+# The summary and its printed form
+
+
+def _summary(tables: Tables, arm: str) -> dict[str, object]:
+    trials = tables.trials[tables.trials["arm"] == arm]
+    finals = tables.finals(arm)
+    error = mean_interval(100 * finals["test_error"])
+    by_status = trials["status"].value_counts().to_dict()
+    pruned, pending = by_status.get("pruned", 0), by_status.get("pending", 0)
+    failed = sum(by_status.get(status, 0) for status in ("failed", "oom", "diverged"))
+    role = "baseline" if arm == tables.baseline else "reference" if arm == tables.reference else ""
+    return {
+        "arm": arm,
+        "role": role,
+        "n": len(finals),
+        "n_total": len(trials),
+        "n_pruned": pruned,
+        "n_failed": failed,
+        "n_pending": pending,
+        "n_missing": len(trials) - len(finals) - pruned - failed - pending,
+        "error_mean": np.nan if error.mean is None else error.mean,
+        "error_low": np.nan if error.low is None else error.low,
+        "error_high": np.nan if error.high is None else error.high,
+        "no_interval": error.reason or "",
+        **{name: float(finals[name].mean()) for name in _MEANS},
+        "n_unique": finals["genotype_key"].nunique(),
+    }
+
+
+def _cells(summary: pd.DataFrame) -> list[list[str]]:
+    """Header and rows of the printed table."""
+    header = ["arm", "runs", "error % [95 % interval]", "params M", "skips", "search", "memory", "networks"]
+    cells = [
+        [
+            f"{row.arm} ({row.role})" if row.role and row.role != row.arm else row.arm,
+            f"{row.n}" if row.n == row.n_total else f"{row.n} of {row.n_total}",
+            _interval(row.error_mean, row.error_low, row.error_high),
+            _number(row.params_m, 2 if row.params_m >= 1 else 3),
+            _number(row.skips, 1),
+            _duration(row.search_seconds),
+            _memory(row.peak_memory_mb),
+            str(row.n_unique),
+        ]
+        for row in rows(summary)
+    ]
+    return [header, *cells]
+
+
+def _notes(summary: pd.DataFrame) -> list[str]:
+    """What the reader of the table must know: runs that are not in it, and means without an interval."""
+    notes = []
+    for row in rows(summary):
+        counts = {
+            "pruned": row.n_pruned,
+            "failed": row.n_failed,
+            "not ended": row.n_pending,
+            "ended without a test error": row.n_missing,
+        }
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+        if row.n_total == 0:
+            notes.append(f"{row.arm}: no run has started.")
+        elif row.n == 0:
+            notes.append(f"{row.arm}: no finished run ({outcomes} of {row.n_total}).")
+        elif outcomes:
+            total = _count(row.n_total, "run")
+            notes.append(f"{row.arm}: {outcomes} of {total}; the numbers are of the {row.n} finished.")
+        if row.n and row.no_interval:
+            notes.append(f"{row.arm}: {row.no_interval}, so the spread between runs is unknown: no interval.")
+    return notes
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    if np.isnan(mean):
+        return "-"
+    return f"{mean:.2f}" if np.isnan(low) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if np.isnan(seconds):
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds else "0 s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(megabytes: float) -> str:
+    if np.isnan(megabytes):
+        return "-"
+    return f"{megabytes:.0f} MB" if megabytes < 10_000 else f"{megabytes / 1000:.1f} GB"
+
+
+# Claims
+
+
+def _pairs(tables: Tables) -> list[tuple[str, str]]:
+    """The comparisons of the study: (arm, the arm it is compared with)."""
+    pairs = [(arm, other) for other in (tables.reference, tables.baseline) if other for arm in tables.arms]
+    return [(arm, other) for arm, other in dict.fromkeys(pairs) if arm not in (other, tables.baseline)]
+
+
+def _compared(tables: Tables, arm: str, other: str) -> Difference | None:
+    a, b = _errors(tables, arm), _errors(tables, other)
+    return difference(a, b) if len(a) and len(b) else None
+
+
+def _claim(tables: Tables, pair: tuple[str, str], result: Difference | None, adjusted_p: float | None) -> str:
+    """Sentence on the claim that one arm errs less than the other."""
+    arm, other = pair
+    start = f"{arm} against {_named(other, 'baseline' if other == tables.baseline else 'reference')}: "
+    if result is None:
+        without = " or ".join(name for name in pair if not len(_errors(tables, name)))
+        return f"{start}undecided, as no run of {without} has finished."
+    start += f"test error {result.mean_difference:+.2f} percentage points"
+    answer = verdict(result, adjusted_p)
+    end = f'n = {result.n_a} and {result.n_b}{_gain(tables, *pair)}. "{arm} errs less" is {answer}'
+    if adjusted_p is None:
+        return f"{start}, {end}: {result.reason}, so the spread between runs is unknown."
+    end = f"95 % interval [{result.low:+.2f}, {result.high:+.2f}], adjusted {_p(adjusted_p)}, {end}"
+    if answer.startswith("undecided"):
+        end += (
+            f"; with this spread, {100 * POWER:.0f} % of such studies would find a true difference of "
+            f"{result.minimum_detectable:.2f} points, before adjustment"
+        )
+    return f"{start}, {end}."
+
+
+def _gain(tables: Tables, arm: str, other: str) -> str:
+    """Relative improvement over random, with both means since its denominator moves."""
+    a, b = 100 - _errors(tables, arm), 100 - _errors(tables, other)
+    if other != tables.baseline or b.mean() <= 0:
+        return ""
+    relative = relative_improvement(a, b)
+    return f", accuracy {a.mean():.2f} % against {b.mean():.2f} % (relative improvement {relative:+.2f} %)"
+
+
+def _errors(tables: Tables, arm: str) -> NDArray[np.float64]:
+    return 100 * tables.finals(arm)["test_error"].to_numpy(dtype=np.float64)
+
+
+def _counts(tables: Tables) -> str:
+    """Sentence on the trials, those without a test error included."""
+    statuses = tables.trials["status"].value_counts().sort_index().to_dict()
+    total, used = len(tables.trials), len(tables.finals())
+    rest = [f"{count} {status}" for status, count in statuses.items() if status != "completed"]
+    missing = statuses.get("completed", 0) - used
+    rest += [f"{missing} completed without a test error"] if missing else []
+    sentence = f"{used} of {_count(total, 'trial')} finished with a test error"
+    return f"{sentence}; the others, in none of the numbers: {', '.join(rest)}." if rest else f"{sentence}."
+
+
+def _named(arm: str, role: str) -> str:
+    return f"{arm} ({role})" if role != arm else arm
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,1 @@
+"""One script per question, and the platform that runs them: studies, Ray Tune, MLflow."""

@@ -1,0 +1,457 @@
+"""The command line of every experiment: plan, refuse what is wrong, run on Ray, record, and say what was found."""
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from analysis import plots, records, summary
+from experiments.provenance import provenance
+from experiments.study import (
+    SEEDS,
+    Batch,
+    DataShape,
+    Planned,
+    Preset,
+    Settings,
+    Study,
+    baseline,
+    parse_changes,
+    plan,
+    resolve,
+    settable,
+    study_id,
+)
+from experiments.tracking import Tracker, default_uri, ui_command
+from nas.data import Arrays, Data, load
+from nas.draw import genotype_png, genotype_svg
+from nas.genotype import Genotype
+
+SCHEDULERS = ("fifo", "asha", "hyperband", "median", "pbt")
+FINISHED = {"completed", "pruned", "diverged", "oom"}
+"""Ends that `--resume` does not run again; a failed trial is tried once more."""
+
+
+def parser(study: Study) -> argparse.ArgumentParser:
+    """The options that all experiments share, and those of a joint search where the study is one."""
+    options = argparse.ArgumentParser(
+        description=study.question,
+        epilog=f"fields for --set:\n  {_columns(settable(study, Settings()))}\nshort names: K, edge_norm, M, order, arch_lr, lr, retrain_lr",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = options.add_argument
+    add(
+        "--preset",
+        choices=get_args(Preset),
+        default="laptop",
+        help="size: seconds, minutes on digits (default), as published",
+    )
+    add(
+        "--data",
+        metavar="NAME|PATH",
+        help="digits, cifar10, cifar100, fashion_mnist, an image folder, a Parquet file or folder",
+    )
+    add(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help=f"seeds of each arm (default {', '.join(f'{k} {v}' for k, v in SEEDS.items())})",
+    )
+    add(
+        "--batch",
+        choices=get_args(Batch),
+        default="fixed",
+        help="search batch when K changes: one for all, or of equal memory",
+    )
+    add(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default="fifo",
+        help="early stopping; counts retraining epochs only (default: none)",
+    )
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="changes",
+        help="change fields, listed below",
+    )
+    add("--out", type=Path, metavar="DIR", help="folder of the study (default: results/NAME-TIME)")
+    add("--tracking-uri", metavar="URI", help="MLflow store (default: sqlite beside the study's folder)")
+    add("--address", metavar="ADDR", help="Ray cluster, e.g. auto; default RAY_ADDRESS, else this machine")
+    add(
+        "--cpus-per-trial",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="cores of a trial, also its threads (default 1)",
+    )
+    add(
+        "--gpus-per-trial",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="GPUs of a trial, fractions like 0.5 allowed (default 0)",
+    )
+    add("--max-concurrent", type=int, metavar="N", help="trials at once, at most")
+    add(
+        "--resume", action="store_true", help="go on with the study in --out, or with the latest of this name"
+    )
+    if study.joint:
+        add(
+            "--trials",
+            type=int,
+            default=None,
+            metavar="N",
+            help="configurations that Optuna tries (default tiny 4, else 24)",
+        )
+        add(
+            "--objectives",
+            nargs="+",
+            choices=("error", "params"),
+            default=["error"],
+            help="what to minimise (default error)",
+        )
+    return options
+
+
+def _columns(names: Sequence[str]) -> str:
+    return "\n  ".join(names)
+
+
+def main(study: Study, arguments: Sequence[str] | None = None) -> None:
+    """Run `study` as the command line says; ends with exit code 2 and one sentence when the input is wrong."""
+    options = parser(study).parse_args(arguments)
+    try:
+        run(study, options)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("\nstopped; the same command with --resume and --out goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run(study: Study, options: argparse.Namespace) -> Path:
+    """Run `study` from plan to claim; returns its folder."""
+    _check(options)
+    settings = Settings(
+        options.preset, options.data, options.seeds, options.batch, parse_changes(options.changes)
+    )
+    resolve(study.base, settings)  # refuses a wrong field or value before the data is read
+    arrays = load(resolve(study.base, settings).data)
+    shape = _check_data(arrays, study, settings)
+    planned = plan(study, settings, shape)
+    identity = study_id(study, settings, planned)
+    folder = _folder(study, options, identity)
+    meta = _describe(study, settings, options, planned, arrays, identity)
+    done = _finished(folder) if options.resume else set()
+    todo = [p for p in planned if p.trial.id not in done]
+    print(
+        f"{study.question}\n{len(planned)} trials in {folder}"
+        + (f", {len(done)} finished before" if done else "")
+    )
+
+    from experiments import tune  # Ray takes seconds to import, so wrong input is refused first
+
+    resources = tune.Resources(
+        options.address, options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_study(folder, meta)
+    uri = options.tracking_uri or default_uri(folder)
+    tracker = Tracker(uri, meta, folder)
+    tracker.open()
+    tune.connect(resources)
+    tune.check_resources(resources)
+    joint_trials = _joint_trials(study, options)
+    recorder = Recorder(folder, tracker, Progress(todo, joint_trials))
+    data = {tune.data_key(p.trial): arrays for p in planned}
+    try:
+        if todo:
+            restore = tune.newest_checkpoints(folder, [p.trial.id for p in todo]) if options.resume else {}
+            grid_scheduler = "fifo" if study.joint else options.scheduler
+            tune.run_planned(
+                todo, data, resources, recorder, folder, scheduler_name=grid_scheduler, restore=restore
+            )
+        remaining = joint_trials - (_finished_arm(folder, "searched") if options.resume else 0)
+        if remaining > 0:
+            base = Planned("searched", "searched", {}, resolve(study.base, settings))
+            tune.run_joint(
+                base,
+                study.joint,
+                named={name: values for name, values in study.named.items()},
+                trials=remaining,
+                objectives=options.objectives,
+                arrays={tune.data_key(base.trial): arrays},
+                resources=resources,
+                recorder=recorder,
+                folder=folder,
+                scheduler_name=options.scheduler,
+            )
+    finally:
+        artifacts, text = conclude(folder)
+        tracker.close(artifacts, text)
+    print(f"\nMLflow  {ui_command(uri, tracker.link())}")
+    return folder
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse numbers that cannot work, before anything is read."""
+    if options.cpus_per_trial <= 0:
+        raise ValueError(f"--cpus-per-trial {options.cpus_per_trial:g} must be above 0")
+    gpus = options.gpus_per_trial
+    if (
+        gpus < 0
+        or (0 < gpus < 1 and abs(1 / gpus - round(1 / gpus)) > 0.01)
+        or (gpus > 1 and gpus != int(gpus))
+    ):
+        raise ValueError(
+            f"--gpus-per-trial {gpus:g} must be 0, a whole number, or one over a whole number such as 0.5 or 0.25"
+        )
+    if options.max_concurrent is not None and options.max_concurrent < 1:
+        raise ValueError(f"--max-concurrent {options.max_concurrent} must be at least 1")
+    if getattr(options, "trials", None) is not None and options.trials < 1:
+        raise ValueError(f"--trials {options.trials} must be at least 1")
+
+
+def _check_data(arrays: Arrays, study: Study, settings: Settings) -> DataShape:
+    """Shape of the images, once every part that the study reads is known to hold some."""
+    import torch
+
+    config = resolve(study.base, settings).data
+    data = Data(arrays, config, 0, torch.device("cpu"))
+    return DataShape(data.channels, data.image_size, data.classes)
+
+
+def _joint_trials(study: Study, options: argparse.Namespace) -> int:
+    if not study.joint:
+        return 0
+    default = 4 if options.preset == "tiny" else 24
+    return int(options.trials if options.trials is not None else default)
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------------------
+
+
+def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
+    """Folder of this run.
+
+    Raises:
+        FileExistsError: it holds another study, or this one and `--resume` is not given.
+        FileNotFoundError: nothing to resume.
+    """
+    if options.out is None and options.resume:
+        found = sorted(path.parent for path in Path("results").glob(f"{study.name}-*/study.json"))
+        found = [path for path in found if records.read_study(path)["study_id"] == identity]
+        if not found:
+            raise FileNotFoundError(
+                f"--resume: no folder of this study (same options) in results/; name it with --out"
+            )
+        return found[-1]
+    if options.out is None:
+        return Path("results") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder: Path = options.out
+    if not (folder / "study.json").exists():
+        if options.resume:
+            raise FileNotFoundError(
+                f"--resume: {folder} holds no study; leave --resume out to start one there"
+            )
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"--out {folder} is not empty and holds no study; choose a new folder")
+        return folder
+    held = records.read_study(folder)
+    if held["study_id"] != identity:
+        raise FileExistsError(
+            f"--out {folder} holds another study ({held['name']}, started by: {held['command']}); choose another folder"
+        )
+    if not options.resume:
+        raise FileExistsError(
+            f"--out {folder} holds this study already; add --resume to go on, or choose another folder"
+        )
+    return folder
+
+
+def _finished(folder: Path) -> set[str]:
+    """Trials whose end has been recorded."""
+    return {row["trial"] for row in _ends(folder) if row["status"] in FINISHED}
+
+
+def _finished_arm(folder: Path, arm: str) -> int:
+    starts = {
+        row["trial"]: row["arm"]
+        for path in _files(folder)
+        for row in records.read_rows(path)
+        if row["kind"] == "start"
+    }
+    return sum(starts.get(trial) == arm for trial in _finished(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / "trials").glob("*.jsonl"))
+
+
+def _ends(folder: Path) -> list[dict[str, Any]]:
+    return [row for path in _files(folder) for row in records.read_rows(path) if row["kind"] == "end"]
+
+
+def _write_study(folder: Path, meta: Mapping[str, Any]) -> None:
+    path = folder / "study.json"
+    if not path.exists():
+        path.with_suffix(".tmp").write_text(json.dumps(meta, indent=2) + "\n")
+        path.with_suffix(".tmp").rename(path)
+
+
+def _describe(
+    study: Study,
+    settings: Settings,
+    options: argparse.Namespace,
+    planned: Sequence[Planned],
+    arrays: Arrays,
+    identity: str,
+) -> dict[str, Any]:
+    arms = list(dict.fromkeys(p.arm for p in planned))
+    if study.joint:
+        arms.insert(0, "searched")
+    return {
+        "schema": 1,
+        "study_id": identity,
+        "name": study.name,
+        "question": study.question,
+        "preset": settings.preset,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "axis": study.axes[0].name if len(study.axes) == 1 else None,
+        "reference": study.reference,
+        "baseline": "random" if study.baseline else None,
+        "arms": arms,
+        "scheduler": options.scheduler,
+        "batch": settings.batch,
+        "provenance": provenance(arrays.name, arrays.sha256, resolve(study.base, settings).to_dict()),
+    }
+
+
+# --- while it runs --------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """How far the study is, said in one line when a trial ends and every half minute."""
+
+    def __init__(self, todo: Sequence[Planned], joint_trials: int) -> None:
+        self.work = {p.trial.id: sum(s.epochs for s in p.trial.search) + p.trial.retrain.epochs for p in todo}
+        self.trials = len(todo) + joint_trials
+        typical = max(self.work.values(), default=1)
+        self.total = sum(self.work.values()) + joint_trials * typical
+        self.names: dict[str, str] = {}
+        self.epochs: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.best: tuple[float, str] | None = None
+        self.started = self.said = time.monotonic()
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Count a row, and speak when it is time."""
+        if row["kind"] == "start":
+            self.names[row["trial"]] = row["name"]
+        elif row["kind"] == "epoch":
+            self.epochs[row["trial"]] += 1
+        else:
+            self.ended[row["status"]] += 1
+            # A trial that stops early owes no more epochs.
+            self.total -= max(
+                0, self.work.get(row["trial"], self.epochs[row["trial"]]) - self.epochs[row["trial"]]
+            )
+            error = row["metrics"].get("test_error")
+            if error is not None and (self.best is None or error < self.best[0]):
+                self.best = (error, self.names.get(row["trial"], row["trial"]))
+        if row["kind"] == "end" or time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            print(self.line(), flush=True)
+
+    def line(self) -> str:
+        """Trials ended, time gone and left, best error so far."""
+        done, elapsed = sum(self.epochs.values()), time.monotonic() - self.started
+        left = "?" if not done else _clock(elapsed * max(0, self.total - done) / done)
+        best = (
+            f"best test error {100 * self.best[0]:.2f} % ({self.best[1]})"
+            if self.best
+            else "no trial finished yet"
+        )
+        others = ", ".join(f"{n} {status}" for status, n in self.ended.items() if status != "completed")
+        ended = f"[{sum(self.ended.values())}/{self.trials} trials" + (f", {others}]" if others else "]")
+        return f"{ended} {_clock(elapsed)} gone, about {left} left, {best}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Recorder:
+    """Writes every row to the trial's file first, then lets tracking and progress see it."""
+
+    def __init__(self, folder: Path, tracker: Tracker, progress: Progress) -> None:
+        self.folder, self.tracker, self.progress = folder, tracker, progress
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Keep one row."""
+        records.append_row(self.folder / "trials" / f"{row['trial']}.jsonl", row)
+        self.tracker.row(row)
+        self.progress.row(row)
+
+
+# --- at the end -----------------------------------------------------------------------------------------------------------------
+
+
+def conclude(folder: Path) -> tuple[list[Path], str]:
+    """Tables, figures, drawings and claims of what has been recorded; returns the files and the text as Markdown."""
+    if not _files(folder):
+        print("no trial has been recorded")
+        return [], ""
+    tables_written = records.export(folder)
+    tables = records.read_tables(folder)
+    result = summary.summarise(tables)
+    claims = summary.claims(tables)
+    figures = folder / "figures"
+    written = list(tables_written.values())
+    for stem, figure, data in (
+        ("error_by_arm", plots.error_by_arm(tables), plots.error_data(tables)),
+        ("curves", plots.curves(tables), plots.curve_data(tables)),
+    ):
+        written += plots.save(figure, figures / stem, data).values()
+    written += _draw_cells(folder, tables)
+    print(f"\n{summary.render(result)}\n")
+    print("\n".join(f"- {claim}" for claim in claims))
+    print(f"\ntables   {folder / 'tables'}/{{trials,epochs,genotypes}}.parquet")
+    print(f"figures  {figures / 'error_by_arm.png'}, {figures / 'curves.png'}, {figures / 'cells'}/")
+    text = f"{summary.to_markdown(result)}\n\n" + "\n".join(f"- {claim}" for claim in claims)
+    (folder / "summary.md").write_text(f"# {tables.study['question']}\n\n{text}\n")
+    return [*written, folder / "summary.md", folder / "study.json"], text
+
+
+def _draw_cells(folder: Path, tables: records.Tables) -> list[Path]:
+    """The cell that each arm's best trial by validation found; the test error has no say in what is shown."""
+    written = []
+    cells = folder / "figures" / "cells"
+    finals = tables.finals()
+    for arm in tables.arms:
+        mine = finals[finals["arm"] == arm].dropna(subset=["genotype"])
+        if mine.empty:
+            continue
+        chosen = mine.sort_values(["valid_error", "trial_id"]).iloc[0]
+        genotype, stem = Genotype.parse(chosen["genotype"]), arm.replace(" ", "_").replace("/", "_")
+        cells.mkdir(parents=True, exist_ok=True)
+        (cells / f"{stem}.svg").write_text(genotype_svg(genotype, title=chosen["name"]))
+        (cells / f"{stem}.png").write_bytes(genotype_png(genotype, title=chosen["name"]))
+        written += [cells / f"{stem}.svg", cells / f"{stem}.png"]
+    return written

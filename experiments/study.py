@@ -1,0 +1,284 @@
+"""A study: a question, a base trial, and the axes that vary; planned trial by trial before anything runs.
+
+`plan` is plain data in, plain data out, so that a study can be listed, refused and tested without Ray.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+
+from nas.config import override, parse_value, paths
+from nas.data import DataConfig
+from nas.metrics import saved_activation_bytes
+from nas.papers import PAPERS, laptop, tiny
+from nas.schedule import Constant, Cosine, Exponential, Linear, LinearTail
+from nas.search import SearchStage
+from nas.trial import Seeds, Trial
+
+Preset = Literal["tiny", "laptop", "paper"]
+Batch = Literal["fixed", "memory_matched"]
+PRESETS: dict[str, Callable[[Trial], Trial]] = {"tiny": tiny, "laptop": laptop, "paper": lambda trial: trial}
+SEEDS = {"tiny": 2, "laptop": 3, "paper": 4}
+"""How many seeds each arm gets when the user does not say."""
+
+SHORT = {
+    "K": "method.supernet.partial_channels",
+    "edge_norm": "method.supernet.edge_norm",
+    "M": "method.searcher.max_skip",
+    "order": "method.arch_update.order",
+    "arch_lr": "method.arch_update.lr",
+    "lr": "search.*.lr.start",
+    "retrain_lr": "retrain.lr.start",
+}
+"""Names that the field uses for what the configuration spells out."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that a study varies: values by the name they have in tables, each a set of dotted changes."""
+
+    name: str
+    values: Mapping[str, Mapping[str, Any]]
+
+
+def axis(name: str, *values: Any) -> Axis:
+    """Axis over one field, by its short name or its dotted one."""
+    field_name = SHORT.get(name, name)
+    return Axis(name, {str(value): {field_name: value} for value in values})
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where a value is drawn from in a joint search: listed values, or a range on a logarithmic scale."""
+
+    values: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+
+    def __post_init__(self) -> None:
+        if bool(self.values) == bool(self.high) or (not self.values and not 0 < self.low < self.high):
+            raise ValueError(f"{self}: give either values, or a range with 0 < low < high")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The trials that answer one question."""
+
+    name: str
+    question: str
+    base: Trial
+    axes: tuple[Axis, ...] = ()
+    joint: Mapping[str, Domain] = field(default_factory=dict)
+    """Fields searched jointly by Optuna, by short or dotted name, instead of a grid of axes."""
+    named: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For a joint search: what the values of a domain stand for where they are names, such as schedules of stages."""
+    reference: str | None = None
+    """Arm that the others are compared with."""
+    baseline: bool = True
+    """Whether genotypes drawn at random, retrained alike, are an arm of the study."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial with its place in the study."""
+
+    name: str
+    arm: str
+    axes: Mapping[str, Any]
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user may change about any study."""
+
+    preset: Preset = "laptop"
+    data: str | None = None
+    seeds: int | None = None
+    batch: Batch = "fixed"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_changes(entries: Sequence[str]) -> dict[str, Any]:
+    """Changes by dotted field of `field=value` texts; short names are spelled out.
+
+    Raises:
+        ValueError: an entry without `=`, or one field twice.
+    """
+    changes: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        name = SHORT.get(name.strip(), name.strip())
+        if not equals or not name:
+            raise ValueError(
+                f"--set {entry!r} is not of the form field=value, e.g. --set retrain.epochs=50 or --set K=2"
+            )
+        if name in changes:
+            raise ValueError(f"--set {entry!r}: {name} is given twice; give it once")
+        changes[name] = parse_value(value.strip())
+    return changes
+
+
+def plan(study: Study, settings: Settings, shape: "DataShape | None" = None) -> list[Planned]:
+    """Every trial of the study's grid, and of its baseline, seed by seed.
+
+    `shape` is needed when the batch follows memory.
+
+    Raises:
+        ValueError: an unknown field, a value that some trial refuses, or a field that the study itself varies.
+    """
+    seeds = SEEDS[settings.preset] if settings.seeds is None else settings.seeds
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds} must be at least 1; intervals need 2, claims 3 or more")
+    _check_changes(study, settings.changes)
+    arms = [(*_arm(study, point), settings) for point in product(*(axis.values for axis in study.axes))]
+    planned: list[Planned] = []
+    for name, labels, trial, _ in arms if study.axes else []:
+        trial = resolve(trial, settings)
+        if settings.batch == "memory_matched":
+            trial = _matched(trial, resolve(study.base, settings), shape)
+        planned += _seeded(name, labels, trial, seeds)
+    if study.baseline:
+        planned += _seeded("random", {}, baseline(study, settings), seeds)
+    twice = {p.trial.id: p.name for p in planned}
+    if len(twice) != len(planned):
+        repeated = next(p.name for p in planned if twice[p.trial.id] != p.name)
+        raise ValueError(
+            f"{repeated} and {twice[next(p.trial.id for p in planned if p.name == repeated)]} are one trial"
+        )
+    return planned
+
+
+def resolve(trial: Trial, settings: Settings) -> Trial:
+    """`trial` at the size of the preset, on the user's data, with the user's changes."""
+    trial = PRESETS[settings.preset](trial)
+    trial = replace(trial, data=data_config(trial.data, settings))
+    changes = settings.changes
+    if not trial.search:
+        changes = {
+            name: value for name, value in changes.items() if not name.startswith(("search.", "method."))
+        }
+    return override(trial, changes)
+
+
+def data_config(config: DataConfig, settings: Settings) -> DataConfig:
+    """Data of the study: what `--data` names, else the paper's in the paper preset and the embedded digits below it."""
+    if settings.data is not None:
+        return replace(config, source=settings.data)
+    return config if settings.preset == "paper" else replace(config, source="digits")
+
+
+def baseline(study: Study, settings: Settings) -> Trial:
+    """The random arm: the study's own data and retraining, a genotype drawn uniformly from its space."""
+    base = resolve(study.base, settings)
+    return replace(base, method=PAPERS["random"].method, search=())
+
+
+def _arm(study: Study, point: Sequence[str]) -> tuple[str, dict[str, Any], Trial]:
+    labels, changes = {}, {}
+    for one, name in zip(study.axes, point, strict=True):
+        values = one.values[name]
+        labels[one.name] = next(iter(values.values())) if len(values) == 1 and one.name in SHORT else name
+        changes.update(values)
+    name = " ".join(f"{label}={value}" for label, value in labels.items())
+    return name, labels, override(study.base, changes)
+
+
+def _seeded(arm: str, labels: Mapping[str, Any], trial: Trial, seeds: int) -> list[Planned]:
+    return [
+        Planned(
+            name=f"{arm} seed={seed}",
+            arm=arm,
+            axes={**labels, "seed": seed},
+            trial=replace(trial, seeds=Seeds(split=trial.seeds.split, search=seed, retrain=seed)),
+        )
+        for seed in range(seeds)
+    ]
+
+
+def _check_changes(study: Study, changes: Mapping[str, Any]) -> None:
+    swept = {name: one.name for one in study.axes for values in one.values.values() for name in values}
+    swept |= {SHORT.get(name, name): name for name in study.joint}
+    for name in changes:
+        for other, label in swept.items():
+            if name == other or name.startswith(f"{other}.") or other.startswith(f"{name}."):
+                raise ValueError(f"--set {name}: the study {study.name} varies {label} itself; leave it out")
+        if name.startswith(("seeds.search", "seeds.retrain")):
+            raise ValueError(f"--set {name}: seeds are counted by --seeds; only seeds.split can be set")
+        if name == "data.source":
+            raise ValueError("--set data.source: use --data")
+
+
+# --- the batch of a sweep over K ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What the memory of a network depends on."""
+
+    channels: int
+    image_size: int
+    classes: int
+
+
+def _matched(trial: Trial, base: Trial, shape: DataShape | None) -> Trial:
+    """`trial` with the batch at which its supernet takes the memory of the base's, and learning rates scaled alike.
+
+    The paper raises the batch with K, so K and batch change together there; `--batch fixed` tells them apart.
+    """
+    assert shape is not None
+    stages = []
+    for stage, other in zip(trial.search, base.search, strict=True):
+        ratio = _bytes_per_image(base, other, shape) / _bytes_per_image(trial, stage, shape)
+        batch = max(1, round(other.batch_size * ratio))
+        scale = batch / other.batch_size
+        stages.append(replace(stage, batch_size=batch, lr=_scaled(other.lr, scale)))
+    return replace(trial, search=tuple(stages))
+
+
+def _scaled(lr: Any, factor: float) -> Any:
+    match lr:
+        case Constant(value):
+            return Constant(value * factor)
+        case Cosine() | Linear():
+            return replace(lr, start=lr.start * factor, end=lr.end * factor)
+        case LinearTail() | Exponential():
+            return replace(lr, start=lr.start * factor)
+    raise ValueError(
+        f"--batch memory_matched cannot scale the learning rate {lr}; use Constant, Linear or Cosine"
+    )
+
+
+def _bytes_per_image(trial: Trial, stage: SearchStage, shape: DataShape) -> float:
+    supernet = trial.method.supernet.build(
+        trial.space,
+        trial.space.choices,
+        cells=stage.cells,
+        channels=stage.channels,
+        classes=shape.classes,
+        channels_in=shape.channels,
+        stem=stage.stem,
+    )
+    images = torch.zeros(2, shape.channels, shape.image_size, shape.image_size)
+    return saved_activation_bytes(supernet, images) / len(images)
+
+
+# --- identity -------------------------------------------------------------------------------------------------------------------
+
+
+def study_id(study: Study, settings: Settings, planned: Sequence[Planned]) -> str:
+    """12 hex digits that two runs share when they are one study: same question, same trials."""
+    joint = {name: repr(domain) for name, domain in study.joint.items()}
+    base = resolve(study.base, settings).id
+    text = json.dumps([study.name, settings.preset, base, joint, sorted(p.trial.id for p in planned)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def settable(study: Study, settings: Settings) -> list[str]:
+    """Dotted names that `--set` takes for this study."""
+    return sorted(paths(resolve(study.base, replace(settings, changes={}))))

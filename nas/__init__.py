@@ -1,0 +1,1 @@
+"""Neural architecture search in plain PyTorch. Start reading at `nas.trial`."""

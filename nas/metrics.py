@@ -1,0 +1,206 @@
+"""Metrics: what is measured of a search.
+
+`METRICS` lists them with unit and direction; each becomes the column `search/<name>` of the records.
+"""
+
+import math
+import resource
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nas.gates import Gate, Gates, detached, one_hot
+from nas.genotype import Genotype
+from nas.samplers import Arch
+from nas.spaces.cell import CELL_TYPES
+from nas.state import Batch, SearchState
+from nas.supernets.cell import CellSupernet
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Description of a recorded number."""
+
+    unit: str
+    better: Literal["lower", "higher", "neither"]
+    meaning: str
+    compute: Callable[[SearchState, Genotype], float | None] | None = None
+    """How to get it from a search and the genotype it gives now; None for what the loop itself measures."""
+
+
+def _entropy(arch: Arch, kind: str) -> float | None:
+    """Mean over rows and cells of -sum p log p / log(options); None without such tables or choices."""
+    values = []
+    for name, p in arch.probabilities().items():
+        if not name.endswith(kind):
+            continue
+        entropy = -torch.xlogy(p, p).sum(dim=-1)
+        sizes = [len(options) for options in arch.choices[name].allowed]
+        values += [h / math.log(n) for h, n in zip(entropy.tolist(), sizes, strict=True) if n > 1]
+    return sum(values) / len(values) if values else None
+
+
+def alpha_entropy(state: SearchState, genotype: Genotype) -> float | None:
+    """How undecided the operations are, from 0 to 1."""
+    return _entropy(state.arch, "/op")
+
+
+def beta_entropy(state: SearchState, genotype: Genotype) -> float | None:
+    """How undecided the edges are, from 0 to 1; None without edge normalisation."""
+    return _entropy(state.arch, "/input")
+
+
+def alpha_margin(state: SearchState, genotype: Genotype) -> float | None:
+    """Mean over edges of the gap between the two likeliest operations; None where no edge has two."""
+    gaps = []
+    for name, p in state.arch.probabilities().items():
+        if name.endswith("/op") and p.shape[1] > 1:
+            best, second = p.topk(2, dim=-1).values.unbind(dim=-1)
+            gaps.append(float((best - second).mean()))
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def _cell_count(cell: Literal["normal", "reduce"], what: str) -> Callable[[SearchState, Genotype], float]:
+    return lambda state, genotype: float(getattr(getattr(genotype, cell), what))
+
+
+METRICS: dict[str, Metric] = {
+    "train_loss": Metric("nats", "lower", "supernet's loss on the weight half, mean over the epoch's steps"),
+    "train_error": Metric("fraction", "lower", "supernet's error on the weight half, over the epoch's steps"),
+    "valid_loss": Metric("nats", "lower", "supernet's loss on held-out data, batch statistics in batch norm"),
+    "valid_error": Metric(
+        "fraction", "lower", "supernet's error on held-out data, batch statistics in batch norm"
+    ),
+    "alpha_entropy": Metric("fraction", "neither", "normalised entropy of operations", alpha_entropy),
+    "beta_entropy": Metric("fraction", "neither", "normalised entropy of inputs", beta_entropy),
+    "alpha_margin": Metric("fraction", "neither", "gap between the two likeliest operations", alpha_margin),
+    "skips": Metric("count", "neither", "skips in the normal cell", _cell_count("normal", "skips")),
+    "depth_normal": Metric("edges", "neither", "longest path, normal cell", _cell_count("normal", "depth")),
+    "depth_reduce": Metric(
+        "edges", "neither", "longest path, reduction cell", _cell_count("reduce", "depth")
+    ),
+    "width_normal": Metric(
+        "edges", "neither", "edges from inputs, normal cell", _cell_count("normal", "input_edges")
+    ),
+    "width_reduce": Metric(
+        "edges", "neither", "edges from inputs, reduction cell", _cell_count("reduce", "input_edges")
+    ),
+    "params_m": Metric("millions", "neither", "weights of the derived network at retraining size"),
+    "madds_m": Metric("millions", "neither", "multiply-adds of the derived network at retraining size"),
+    "discretisation_gap": Metric(
+        "fraction",
+        "lower",
+        "supernet's error with one-hot gates minus its error with its own, at the end of the search",
+    ),
+    "seconds": Metric("s", "lower", "wall time of the epoch, evaluation included"),
+    "peak_memory_mb": Metric(
+        "MB", "lower", "peak memory of the stage so far: the device's, or the process's on a CPU"
+    ),
+}
+"""What every search epoch records, in order; the discretisation gap comes once, at the end."""
+
+
+def describe(state: SearchState, genotype: Genotype) -> dict[str, float | None]:
+    """All metrics that are read off the architecture parameters and the genotype they give now."""
+    with torch.no_grad():
+        return {name: m.compute(state, genotype) for name, m in METRICS.items() if m.compute is not None}
+
+
+@dataclass
+class Average:
+    """Loss and error summed on the device; read once, so that no step waits for it."""
+
+    loss: Tensor | None = None
+    wrong: Tensor | None = None
+    count: int = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch with mean `loss`."""
+        loss, wrong = loss.detach() * len(labels), (logits.detach().argmax(dim=1) != labels).sum()
+        self.loss = loss if self.loss is None else self.loss + loss
+        self.wrong = wrong if self.wrong is None else self.wrong + wrong
+        self.count += len(labels)
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss and error.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        if self.loss is None or self.wrong is None:
+            raise ValueError("no batch to average over: the part of the data is empty")
+        return float(self.loss) / self.count, float(self.wrong) / self.count
+
+
+def supernet_quality(state: SearchState, gates: Gates, batches: Iterable[Batch]) -> tuple[float, float]:
+    """Loss and error of the supernet under `gates`, with batch statistics in batch norm, leaving the running ones alone.
+
+    Running averages mix the statistics of many architectures, so those of the batch are the fair ones for a supernet.
+    """
+    average = Average()
+    gates = detached(gates)
+    noise, state.supernet.noise = state.supernet.noise, type(state.supernet.noise)()
+    with torch.no_grad(), state.supernet.without_statistics():
+        for images, labels in batches:
+            logits = state.supernet(images, gates)
+            average.add(F.cross_entropy(logits, labels), logits, labels)
+    state.supernet.noise = noise
+    return average.read()
+
+
+def one_hot_gates(state: SearchState, genotype: Genotype) -> Gates:
+    """Gates that run just `genotype` inside the supernet."""
+    space = state.supernet.space
+    tables = {name: table for name, table in space.choices.items() if name.split("/")[0] in CELL_TYPES}
+    return one_hot(tables, space.picks(genotype), like=state.supernet.head.weight)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak, so that a reused process does not report the peak of an earlier trial."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not permitted: the peak is then that of the process's life
+        return
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory since the last reset: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def saved_activation_bytes(supernet: CellSupernet, images: Tensor) -> int:
+    """Bytes that one training-mode forward with soft gates keeps for the backward pass of the weights; exact, on any machine.
+
+    A storage that several operations keep counts once; weights are not activations and do not count.
+    """
+    gates = {
+        name: Gate(torch.full((len(table.rows), len(table.options)), 1 / len(table.options)), table.allowed)
+        for name, table in supernet.config.gated(supernet.choices).items()
+    }
+    own = {parameter.untyped_storage().data_ptr() for parameter in supernet.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), supernet.without_statistics():
+        logits = supernet(images, gates)
+    del logits
+    return sum(storage.nbytes() for storage in storages.values())

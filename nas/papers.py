@@ -1,0 +1,211 @@
+"""Papers: each published trial whole, and smaller versions of any trial.
+
+`PAPERS` are the recipes as published, unabridged. `laptop` and `tiny` shrink a trial to minutes and to seconds; both keep its method.
+"""
+
+from dataclasses import replace
+
+from nas.data import Augment, DataConfig
+from nas.methods import METHODS
+from nas.retrain import RetrainStage
+from nas.schedule import Constant, Cosine, Exponential, LinearTail, Ramp, Schedule, SkipDropout
+from nas.search import SearchStage
+from nas.spaces.cell import CellSpace
+from nas.trial import Trial
+
+_CIFAR10 = DataConfig(source="cifar10", valid=0.0, shuffle=False)
+_CIFAR100 = replace(_CIFAR10, source="cifar100")
+_IMAGENET = DataConfig(source="imagenet", valid=0.0, weights_share=0.8, image_size=224)
+_IMAGENET_CROP = Augment(flip=True, resized_crop=True)
+
+_DARTS_RETRAIN = RetrainStage()
+_PC_DARTS_RETRAIN = RetrainStage(drop_path=Ramp(0.3))
+_P_DARTS_RETRAIN = RetrainStage(batch_size=128, drop_path=Ramp(0.3))
+_IMAGENET_RETRAIN = RetrainStage(
+    epochs=250,
+    cells=14,
+    channels=48,
+    batch_size=1024,
+    lr=LinearTail(0.5, warmup=5),
+    weight_decay=3e-5,
+    auxiliary_norm=False,
+    drop_path=Constant(0.0),
+    label_smoothing=0.1,
+    augment=Augment(flip=True, resized_crop=True, jitter=(0.4, 0.4, 0.4, 0.2)),
+    stem="imagenet",
+)
+
+RECIPES = {
+    "darts_cifar": _DARTS_RETRAIN,
+    "pc_darts_cifar": _PC_DARTS_RETRAIN,
+    "p_darts_cifar": _P_DARTS_RETRAIN,
+    "pc_darts_imagenet": _IMAGENET_RETRAIN,
+    "p_darts_imagenet": replace(
+        _IMAGENET_RETRAIN, lr=LinearTail(0.5, warmup=5, warmup_of="current"), auxiliary_norm=True
+    ),
+    "darts_imagenet": replace(_IMAGENET_RETRAIN, batch_size=128, lr=Exponential(0.1, 0.97)),
+}
+"""Retraining recipes by name, as published."""
+
+_DARTS_STAGE = SearchStage()
+_PC_DARTS_STAGE = SearchStage(frozen_epochs=15, batch_size=256, lr=Cosine(0.1))
+
+
+def p_darts_stages(
+    dropout: tuple[float, float, float] = (0.0, 0.4, 0.7), base: SearchStage | None = None
+) -> tuple[SearchStage, ...]:
+    """The three stages of P-DARTS: 5, 11, 17 cells with 8, 5, 3 operations per edge.
+
+    `dropout` after skips is the paper's for CIFAR-10; it says 0.1, 0.2, 0.3 for CIFAR-100, and its code's README 0.1, 0.4, 0.7.
+    """
+    base = base or SearchStage(epochs=25, frozen_epochs=10, batch_size=96, lr=Cosine(0.025))
+    return tuple(
+        replace(base, cells=cells, keep=keep, skip_dropout=SkipDropout(p, base.frozen_epochs))
+        for cells, keep, p in zip((5, 11, 17), (5, 3, None), dropout, strict=True)
+    )
+
+
+GDAS_OPS = (
+    "none",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+    "avg_pool_3x3",
+    "max_pool_3x3",
+)
+"""The operations of DARTS in the order of the GDAS code, which decides between equals."""
+
+PAPERS = {
+    "darts_1st": Trial(
+        data=_CIFAR10, method=METHODS["darts_1st"], search=(_DARTS_STAGE,), retrain=_DARTS_RETRAIN
+    ),
+    "darts_2nd": Trial(
+        data=_CIFAR10, method=METHODS["darts_2nd"], search=(_DARTS_STAGE,), retrain=_DARTS_RETRAIN
+    ),
+    "pc_darts": Trial(
+        data=_CIFAR10, method=METHODS["pc_darts"], search=(_PC_DARTS_STAGE,), retrain=_PC_DARTS_RETRAIN
+    ),
+    "pc_darts_imagenet": Trial(
+        data=_IMAGENET,
+        method=METHODS["pc_darts_imagenet"],
+        search=(
+            replace(
+                _PC_DARTS_STAGE,
+                frozen_epochs=35,
+                batch_size=1024,
+                lr=Cosine(0.5, warmup=5),
+                augment=_IMAGENET_CROP,
+                stem="imagenet",
+            ),
+        ),
+        retrain=RECIPES["pc_darts_imagenet"],
+    ),
+    "p_darts": Trial(
+        data=_CIFAR10, method=METHODS["p_darts"], search=p_darts_stages(), retrain=_P_DARTS_RETRAIN
+    ),
+    "p_darts_cifar100": Trial(
+        data=_CIFAR100,
+        method=METHODS["p_darts"],
+        search=p_darts_stages((0.1, 0.2, 0.3)),
+        retrain=_P_DARTS_RETRAIN,
+    ),
+    "gdas": Trial(
+        space=CellSpace(name="gdas", ops=GDAS_OPS),
+        data=_CIFAR10,
+        method=METHODS["gdas"],
+        search=(
+            SearchStage(
+                epochs=250,
+                cells=6,
+                batch_size=256,
+                lr=Cosine(0.025, 0.001),
+                lr_per_batch=True,
+                nesterov=True,
+                weight_decay=5e-4,
+            ),
+        ),
+        retrain=RetrainStage(),
+    ),
+    "random": Trial(data=_CIFAR10, method=METHODS["random"], search=(), retrain=_DARTS_RETRAIN),
+}
+"""Trials by paper, with the published recipes; what each differs in from the paper is said in docs/methods.md."""
+
+
+def laptop(trial: Trial) -> Trial:
+    """`trial` at a size of minutes on two cores and 8x8 images: its method, fewer epochs, cells and channels.
+
+    Widths, depths and epochs keep their proportions between stages. Digits are not mirrored: a mirrored digit is another one.
+    """
+    return _shrunk(
+        trial, search_epochs=12, retrain_epochs=15, retrain_cells=5, channels=8, most_cells=5, limit=None
+    )
+
+
+def tiny(trial: Trial) -> Trial:
+    """`trial` at a size of seconds, for tests and to try a command."""
+    return _shrunk(
+        trial, search_epochs=2, retrain_epochs=2, retrain_cells=3, channels=8, most_cells=3, limit=200
+    )
+
+
+def _shrunk(
+    trial: Trial,
+    *,
+    search_epochs: int,
+    retrain_epochs: int,
+    retrain_cells: int,
+    channels: int,
+    most_cells: int,
+    limit: int | None,
+) -> Trial:
+    augment = Augment(pad=1)
+    total = sum(stage.epochs for stage in trial.search)
+    deepest = max((stage.cells for stage in trial.search), default=1)
+    narrowest = min((stage.channels for stage in trial.search), default=1)
+    stages = []
+    for stage in trial.search:
+        epochs = max(1, round(search_epochs * stage.epochs / total))
+        frozen = min(epochs - 1, round(epochs * stage.frozen_epochs / stage.epochs))
+        dropout = stage.skip_dropout
+        stages.append(
+            replace(
+                stage,
+                epochs=epochs,
+                frozen_epochs=frozen,
+                cells=max(3, round(most_cells * stage.cells / deepest))
+                if deepest > most_cells
+                else stage.cells,
+                channels=channels * stage.channels // narrowest,
+                batch_size=64,
+                lr=_peak(stage.lr, 0.05),
+                skip_dropout=replace(dropout, frozen_epochs=frozen)
+                if isinstance(dropout, SkipDropout)
+                else dropout,
+                augment=augment,
+                stem="cifar",
+            )
+        )
+    retrain = replace(
+        trial.retrain,
+        epochs=retrain_epochs,
+        cells=retrain_cells,
+        channels=channels,
+        batch_size=64,
+        lr=Cosine(0.05),
+        auxiliary_weight=0.0,
+        drop_path=Constant(0.0),
+        augment=augment,
+        stem="cifar",
+    )
+    data = DataConfig(
+        limit=limit, test_limit=limit, image_size=None, root=trial.data.root, download=trial.data.download
+    )
+    return replace(trial, data=data, search=tuple(stages), retrain=retrain)
+
+
+def _peak(lr: Schedule, peak: float) -> Schedule:
+    """`lr` as a cosine that starts at `peak`."""
+    end = lr.end / lr.start * peak if isinstance(lr, Cosine) and lr.start else 0.0
+    return Cosine(peak, end)

@@ -1,0 +1,180 @@
+"""The retraining loop: train the network of a genotype from scratch."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nas.data import Augment, Data, Part
+from nas.genotype import Genotype
+from nas.metrics import Average, peak_memory_mb, reset_peak_memory
+from nas.network import Network, Stem, retrain_loss
+from nas.schedule import Constant, Cosine, Ramp, Schedule
+from nas.search import Values
+from nas.state import Batch
+from nas.streams import generator, seeded
+
+
+@dataclass(frozen=True)
+class RetrainStage:
+    """The training of a derived network; the defaults are DARTS's CIFAR recipe."""
+
+    epochs: int = 600
+    cells: int = 20
+    channels: int = 36
+    batch_size: int = 96
+    lr: Schedule = Cosine(0.025)
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    clip: float = 5.0
+    auxiliary_weight: float = 0.4
+    """Weight of the auxiliary head's loss; 0 leaves the head out."""
+    auxiliary_norm: bool = True
+    """Whether the auxiliary head has its second batch norm."""
+    drop_path: Schedule = Ramp(0.2)
+    label_smoothing: float = 0.0
+    augment: Augment = field(default_factory=lambda: Augment(pad=4, flip=True, cutout=16))
+    stem: Stem = "cifar"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "cells", "channels", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"retrain: {name}={getattr(self, name)} must be at least 1")
+        if self.clip <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"retrain: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, momentum={self.momentum} in [0, 1)"
+            )
+        if self.auxiliary_weight < 0 or not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"retrain: auxiliary_weight={self.auxiliary_weight} >= 0, label_smoothing={self.label_smoothing} in [0, 1)"
+            )
+        if (
+            isinstance(self.drop_path, Ramp | Constant)
+            and self.drop_path.at(self.epochs - 1, self.epochs) >= 1
+        ):
+            raise ValueError(f"retrain: drop_path={self.drop_path} reaches 1; use a probability below it")
+
+
+class RetrainRun:
+    """A retraining in progress. One `step` is one epoch; the test part is read by `test`, once, after the last."""
+
+    def __init__(
+        self, genotype: Genotype, stage: RetrainStage, data: Data, seed: int, device: torch.device
+    ) -> None:
+        self.genotype, self.stage, self.data = genotype, stage, data
+        self.seed, self.device = seed, device
+        self.epoch = 0
+        reset_peak_memory(device)
+        with seeded(seed, "init", "retrain"):
+            self.network = Network(
+                genotype,
+                channels=stage.channels,
+                cells=stage.cells,
+                classes=data.classes,
+                channels_in=data.channels,
+                stem=stage.stem,
+                auxiliary=stage.auxiliary_weight > 0,
+                auxiliary_norm=stage.auxiliary_norm,
+            ).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=stage.lr.at(0, stage.epochs),
+            momentum=stage.momentum,
+            weight_decay=stage.weight_decay,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether the last epoch has been trained."""
+        return self.epoch >= self.stage.epochs
+
+    def step(self) -> Values:
+        """Train for one epoch; returns its metrics.
+
+        Raises:
+            FloatingPointError: the training loss is not finite.
+        """
+        started = time.perf_counter()
+        stage = self.stage
+        lr, drop = stage.lr.at(self.epoch, stage.epochs), stage.drop_path.at(self.epoch, stage.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.network.drop_path = drop
+        self.network.generator = generator(self.seed, "drop_path", self.epoch, device=self.device)
+        self.network.train()
+        average = Average()
+        for batch in self._train_batches():
+            self._train_step(batch, average)
+        train_loss, train_error = average.read()
+        if not torch.tensor(train_loss).isfinite():
+            raise FloatingPointError(f"retraining diverged: training loss {train_loss} in epoch {self.epoch}")
+        valid_loss, valid_error = self.quality("valid") if self.data.size("valid") else (None, None)
+        self.epoch += 1
+        return {
+            "train_loss": train_loss,
+            "train_error": train_error,
+            "valid_loss": valid_loss,
+            "valid_error": valid_error,
+            "lr": lr,
+            "drop_path": drop,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_mb": peak_memory_mb(self.device),
+        }
+
+    def _train_step(self, batch: Batch, average: Average) -> None:
+        images, labels = batch
+        self.optimizer.zero_grad()
+        logits, auxiliary = self.network(images)
+        loss = retrain_loss(
+            logits,
+            auxiliary,
+            labels,
+            auxiliary_weight=self.stage.auxiliary_weight,
+            smoothing=self.stage.label_smoothing,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.stage.clip)
+        self.optimizer.step()
+        average.add(loss, logits, labels)
+
+    def _train_batches(self) -> Iterator[Batch]:
+        return self.data.batches(
+            "train",
+            self.stage.batch_size,
+            order=generator(self.seed, "order", "retrain", self.epoch),
+            augment=self.stage.augment,
+            draws=generator(self.seed, "augment", "retrain", self.epoch),
+        )
+
+    def quality(self, part: Literal["valid", "test"]) -> tuple[float, float]:
+        """Loss and error of the network on a part of the data, in evaluation mode."""
+        average = Average()
+        self.network.eval()
+        with torch.no_grad():
+            for images, labels in self.data.batches(part, self.stage.batch_size, order=None):
+                logits, _ = self.network(images)
+                average.add(F.cross_entropy(logits, labels), logits, labels)
+        return average.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on, in plain containers and tensors."""
+        return {
+            "epoch": self.epoch,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, held: dict[str, Any]) -> None:
+        """Continue from where `state_dict` was taken."""
+        self.epoch = held["epoch"]
+        self.network.load_state_dict(held["network"])
+        self.optimizer.load_state_dict(held["optimizer"])
+
+
+def parts_needed(stage: RetrainStage) -> tuple[Part, ...]:
+    """Parts of the data that a retraining reads."""
+    return ("train", "test")

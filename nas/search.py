@@ -1,0 +1,320 @@
+"""The search loop: train a supernet and its architecture parameters, stage by stage, then read off a genotype."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nas.data import Augment, Data
+from nas.genotype import Genotype
+from nas.methods import Method
+from nas.metrics import Average, describe, one_hot_gates, peak_memory_mb, reset_peak_memory, supernet_quality
+from nas.network import Stem
+from nas.samplers import Progress, init_arch
+from nas.schedule import Constant, Cosine, Schedule
+from nas.searchers import RandomGenotype, keep_likeliest
+from nas.spaces.cell import CellSpace
+from nas.spaces.space import Choices
+from nas.state import Batch, SearchState, frozen
+from nas.streams import generator, seeded, stream_seed
+from nas.supernets.cell import Noise
+
+Values = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class SearchStage:
+    """The training of one supernet; P-DARTS has three, each starting from fresh weights."""
+
+    epochs: int = 50
+    frozen_epochs: int = 0
+    """First epochs in which only the weights learn."""
+    cells: int = 8
+    channels: int = 16
+    keep: int | None = None
+    """Operations kept on each edge after the stage, for the next one; None keeps all."""
+    batch_size: int = 64
+    lr: Schedule = Cosine(0.025, 0.001)
+    lr_per_batch: bool = False
+    """Whether the rate follows its schedule within epochs too (GDAS)."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 3e-4
+    clip: float = 5.0
+    skip_dropout: Schedule = Constant(0.0)
+    drop_path: Schedule = Constant(0.0)
+    augment: Augment = field(default_factory=lambda: Augment(pad=4, flip=True))
+    stem: Stem = "cifar"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "cells", "channels", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"search stage: {name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.frozen_epochs <= self.epochs:
+            raise ValueError(
+                f"search stage: frozen_epochs={self.frozen_epochs} must be within 0..epochs={self.epochs}"
+            )
+        if self.keep is not None and self.keep < 1:
+            raise ValueError(
+                f"search stage: keep={self.keep} must be at least 1, or None to keep all operations"
+            )
+        if self.clip <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"search stage: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, momentum={self.momentum} in [0, 1)"
+            )
+
+
+Price = Callable[[Genotype], Values]
+"""Parameters and multiply-adds of a genotype at retraining size."""
+
+
+class SearchRun:
+    """A search in progress: everything a checkpoint holds. One `step` is one epoch of the current stage.
+
+    Random draws are functions of (seed, stage, epoch), so a run restored at an epoch's end goes on as if it had never stopped.
+    """
+
+    def __init__(
+        self,
+        space: CellSpace,
+        method: Method,
+        stages: tuple[SearchStage, ...],
+        data: Data,
+        seed: int,
+        device: torch.device,
+        price: Price,
+    ) -> None:
+        self.space, self.method, self.stages, self.data = space, method, stages, data
+        self.seed, self.device, self.price = seed, device, price
+        self.choices: dict[str, Choices] = dict(space.choices)
+        self.part = 0
+        self.epoch = 0
+        """Epochs done in the current stage."""
+        self.genotype: Genotype | None = None
+        """What was found, once the search is done."""
+        self.state: SearchState | None = None
+        if stages:
+            self._begin_stage()
+        else:
+            self.genotype = self._derive({})
+
+    @property
+    def done(self) -> bool:
+        """Whether the genotype has been found."""
+        return self.genotype is not None
+
+    @property
+    def stage(self) -> SearchStage:
+        """Settings of the current stage."""
+        return self.stages[self.part]
+
+    def _begin_stage(self) -> None:
+        stage, method = self.stage, self.method
+        reset_peak_memory(self.device)
+        with seeded(self.seed, "init", "search", self.part):
+            supernet = method.supernet.build(
+                self.space,
+                self.choices,
+                cells=stage.cells,
+                channels=stage.channels,
+                classes=self.data.classes,
+                channels_in=self.data.channels,
+                stem=stage.stem,
+            ).to(self.device)
+        arch = init_arch(
+            method.supernet.gated(self.choices),
+            generator(self.seed, "alpha", self.part),
+            self.device,
+            torch.get_default_dtype(),
+        )
+        self.state = SearchState(
+            supernet=supernet,
+            arch=arch,
+            sampler=method.sampler,
+            weight_optimizer=torch.optim.SGD(
+                supernet.parameters(),
+                lr=stage.lr.at(0, stage.epochs),
+                momentum=stage.momentum,
+                nesterov=stage.nesterov,
+                weight_decay=stage.weight_decay,
+            ),
+            arch_optimizer=method.arch_update.optimizer(arch),
+            progress=Progress(0, stage.epochs),
+            draws=generator(self.seed, "gates", self.part, 0),
+        )
+
+    def step(self) -> tuple[Values, Genotype]:
+        """Train for one epoch; returns its metrics and the genotype that the architecture parameters give now.
+
+        Raises:
+            FloatingPointError: the training loss is not finite.
+        """
+        assert self.state is not None
+        started = time.perf_counter()
+        state, stage = self.state, self.stage
+        train = self._train_epoch(state, stage)
+        train_loss, train_error = train.read()
+        if not torch.tensor(train_loss).isfinite():
+            raise FloatingPointError(
+                f"search diverged: training loss {train_loss} in epoch {self.epoch} of stage {self.part}"
+            )
+        genotype = self._derive(state.arch.probabilities())
+        state.draws = generator(self.seed, "gates", "evaluation", self.part, self.epoch)
+        valid_loss, valid_error = supernet_quality(state, state.gates()[0], self._valid_batches())
+        metrics: Values = {
+            "train_loss": train_loss,
+            "train_error": train_error,
+            "valid_loss": valid_loss,
+            "valid_error": valid_error,
+            **describe(state, genotype),
+            **self.price(genotype),
+        }
+        self.epoch += 1
+        if self.epoch == stage.epochs:
+            self._end_stage(state, genotype, metrics)
+        metrics["seconds"] = time.perf_counter() - started
+        metrics["peak_memory_mb"] = peak_memory_mb(self.device)
+        return metrics, genotype
+
+    def _train_epoch(self, state: SearchState, stage: SearchStage) -> Average:
+        name = (self.part, self.epoch)
+        state.draws = generator(self.seed, "gates", *name)
+        state.progress = Progress(self.epoch, stage.epochs)
+        state.supernet.noise = Noise(
+            generator(self.seed, "noise", *name, device=self.device),
+            skip_dropout=stage.skip_dropout.at(self.epoch, stage.epochs),
+            drop_path=stage.drop_path.at(self.epoch, stage.epochs),
+        )
+        state.supernet.train()
+        average = Average()
+        update = self.method.arch_update
+        learning = self.epoch >= stage.frozen_epochs
+        steps = max(1, -(-self.data.size("weights") // stage.batch_size))
+        arch_batches = self._arch_batches() if learning else None
+        for number, batch in enumerate(self._batches("weights")):
+            moment = self.epoch + (number / steps if stage.lr_per_batch else 0)
+            for group in state.weight_optimizer.param_groups:
+                group["lr"] = stage.lr.at(moment, stage.epochs)
+            arch_batch = next(arch_batches) if arch_batches is not None else None
+            if arch_batch is not None and not update.weights_first:
+                update.step(state, batch, arch_batch)
+            weight_step(state, batch, stage.clip, average)
+            if arch_batch is not None and update.weights_first:
+                update.step(state, batch, arch_batch)
+        return average
+
+    def _end_stage(self, state: SearchState, genotype: Genotype, metrics: Values) -> None:
+        if self.part + 1 < len(self.stages):
+            keep = self.stage.keep
+            if keep is not None:
+                probabilities = state.arch.probabilities()
+                for name, table in self.choices.items():
+                    if name.endswith("/op"):
+                        self.choices[name] = keep_likeliest(table, probabilities[name], keep)
+            self.part += 1
+            self.epoch = 0
+            self._begin_stage()
+            return
+        _, derived_error = supernet_quality(state, one_hot_gates(state, genotype), self._valid_batches())
+        assert metrics["valid_error"] is not None
+        metrics["discretisation_gap"] = derived_error - metrics["valid_error"]
+        self.genotype = genotype
+        self.state = None  # the supernet is not needed any more
+
+    def _derive(self, probabilities: dict[str, torch.Tensor]) -> Genotype:
+        draws = random.Random(stream_seed(self.seed, "genotype"))
+        return self.method.searcher.derive(self.space, self.choices, probabilities, draws)
+
+    def _batches(self, part: Literal["weights", "arch"], restart: int = 0) -> Iterator[Batch]:
+        name = (part, self.part, self.epoch, restart)
+        return self.data.batches(
+            part,
+            self.stage.batch_size,
+            order=generator(self.seed, "order", *name),
+            augment=self.stage.augment,
+            draws=generator(self.seed, "augment", *name),
+        )
+
+    def _arch_batches(self) -> Iterator[Batch]:
+        """Batches of the architecture half without end, reshuffled at each pass."""
+        restart = 0
+        while True:
+            yield from self._batches("arch", restart)
+            restart += 1
+
+    def _valid_batches(self) -> Iterator[Batch]:
+        """Held-out images in stored order: the validation part, or the architecture half where there is none."""
+        part: Literal["valid", "arch"] = "valid" if self.data.size("valid") else "arch"
+        return self.data.batches(part, self.stage.batch_size, order=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on, in plain containers and tensors."""
+        held: dict[str, Any] = {
+            "part": self.part,
+            "epoch": self.epoch,
+            "genotype": str(self.genotype) if self.genotype else None,
+            "allowed": {name: [list(row) for row in table.allowed] for name, table in self.choices.items()},
+        }
+        if self.state is not None:
+            assert self.state.arch_optimizer is not None
+            held["supernet"] = self.state.supernet.state_dict()
+            held["logits"] = {name: logits.detach() for name, logits in self.state.arch.logits.items()}
+            held["weight_optimizer"] = self.state.weight_optimizer.state_dict()
+            held["arch_optimizer"] = self.state.arch_optimizer.state_dict()
+        return held
+
+    def load_state_dict(self, held: dict[str, Any]) -> None:
+        """Continue from where `state_dict` was taken."""
+        self.part, self.epoch = held["part"], held["epoch"]
+        self.genotype = Genotype.parse(held["genotype"]) if held["genotype"] else None
+        self.choices = {
+            name: table.keep(tuple(tuple(row) for row in held["allowed"][name]))
+            for name, table in self.choices.items()
+        }
+        self.state = None
+        if "supernet" not in held:
+            return
+        self._begin_stage()
+        state: SearchState = self.state  # type: ignore[assignment]  # set by _begin_stage
+        assert state.arch_optimizer is not None
+        state.supernet.load_state_dict(held["supernet"])
+        with torch.no_grad():
+            for name, logits in state.arch.logits.items():
+                logits.copy_(held["logits"][name])
+        state.weight_optimizer.load_state_dict(held["weight_optimizer"])
+        state.arch_optimizer.load_state_dict(held["arch_optimizer"])
+
+
+def weight_step(state: SearchState, batch: Batch, clip: float, average: Average | None = None) -> None:
+    """One SGD step of the supernet's weights under gates drawn afresh, the architecture parameters left alone."""
+    images, labels = batch
+    state.weight_optimizer.zero_grad()
+    with frozen(state.arch.parameters()):
+        for gates in state.gates():
+            logits = state.supernet(images, gates)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if average is not None:
+                average.add(loss, logits, labels)
+    nn.utils.clip_grad_norm_(state.supernet.parameters(), clip)
+    state.weight_optimizer.step()
+
+
+def check_search(space: CellSpace, method: Method, stages: tuple[SearchStage, ...]) -> None:
+    """Refuse a search that cannot run, before anything is built.
+
+    Raises:
+        ValueError: K does not divide a width, stages without a searcher that needs them, or the reverse.
+    """
+    needs_search = not isinstance(method.searcher, RandomGenotype)
+    if needs_search and not stages:
+        raise ValueError(
+            f"{type(method.searcher).__name__} reads a searched supernet; give at least one search stage"
+        )
+    for stage in stages:
+        method.supernet.check(space, stage.channels)

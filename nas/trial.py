@@ -1,0 +1,243 @@
+"""A trial: one search and one retraining. Start reading here.
+
+`Trial` says what to do, `TrialRun` does it an epoch at a time, `run_trial` runs it to its end in this process.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from nas.config import from_dict, to_dict
+from nas.costs import network_cost
+from nas.data import Arrays, Data, DataConfig, load
+from nas.genotype import Genotype
+from nas.methods import METHODS, Method
+from nas.retrain import RetrainRun, RetrainStage
+from nas.search import SearchRun, SearchStage, Values, check_search
+from nas.spaces.cell import CellSpace
+
+StageName = Literal["search", "retrain"]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Three seeds, three questions: does the claim hold for another split, another search, another training?"""
+
+    split: int = 0
+    search: int = 0
+    retrain: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One search and one retraining, as data. Equal trials give equal results."""
+
+    space: CellSpace = field(default_factory=CellSpace)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: Method = METHODS["pc_darts"]
+    search: tuple[SearchStage, ...] = (SearchStage(),)
+    retrain: RetrainStage = field(default_factory=RetrainStage)
+    seeds: Seeds = Seeds()
+
+    def __post_init__(self) -> None:
+        check_search(self.space, self.method, self.search)
+
+    @property
+    def id(self) -> str:
+        """12 hex digits that name this trial: a hash of everything but where downloads are kept."""
+        here = replace(self.data, root=DataConfig.root, download=DataConfig.download)
+        text = json.dumps(replace(self, data=here).to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trial as plain data."""
+        plain: dict[str, Any] = to_dict(self)
+        return plain
+
+    @staticmethod
+    def from_dict(plain: dict[str, Any]) -> "Trial":
+        """The trial that `to_dict` was called on.
+
+        Raises:
+            ValueError: an unknown field or a refused value.
+        """
+        trial: Trial = from_dict(Trial, plain)
+        return trial
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one epoch reports."""
+
+    stage: StageName
+    part: int
+    """Which search stage, from 0; 0 in retraining."""
+    epoch: int
+    """Counted from 0 within search (over all its stages) and within retraining."""
+    metrics: Values
+    genotype: Genotype | None = None
+    """What the search would give now."""
+    stage_end: bool = False
+    """Whether the next epoch belongs to another stage; a good moment for a checkpoint."""
+
+
+class TrialRun:
+    """A trial in progress. One `step` is one epoch of the current stage, search first, then retraining."""
+
+    def __init__(self, trial: Trial, data: Data, device: torch.device) -> None:
+        self.trial, self.data, self.device = trial, data, device
+        self.search = SearchRun(
+            trial.space, trial.method, trial.search, data, trial.seeds.search, device, self._price
+        )
+        self.retrain: RetrainRun | None = None
+        self.seconds: dict[StageName, float] = {"search": 0.0, "retrain": 0.0}
+        self.epochs: dict[StageName, int] = {"search": 0, "retrain": 0}
+        self.last: dict[StageName, Values] = {"search": {}, "retrain": {}}
+        self.peak_memory_mb = 0.0
+        self.result: Values | None = None
+        """Final metrics, once the trial is done."""
+        if self.search.done:
+            self._begin_retrain()
+
+    @property
+    def done(self) -> bool:
+        """Whether the test part has been read."""
+        return self.result is not None
+
+    @property
+    def params_m(self) -> float | None:
+        """Millions of weights of the network that is retrained; None while the search goes on."""
+        return self._price(self.search.genotype)["params_m"] if self.search.genotype else None
+
+    def step(self) -> Row:
+        """Run one epoch; after the last one the test part is read, and `result` is there.
+
+        Raises:
+            FloatingPointError: a training loss is not finite.
+        """
+        if self.done:
+            raise RuntimeError("the trial is done: its test part has been read")
+        if self.retrain is None:
+            part = self.search.part
+            metrics, genotype = self.search.step()
+            ended = self.search.done or self.search.part != part
+            row = self._row("search", part, metrics, genotype, ended=ended)
+            if self.search.done:
+                self._begin_retrain()
+            return row
+        metrics = self.retrain.step()
+        row = self._row("retrain", 0, metrics, None, ended=self.retrain.done)
+        if self.retrain.done:
+            self.result = self._finish(self.retrain)
+        return row
+
+    def _row(
+        self, stage: StageName, part: int, metrics: Values, genotype: Genotype | None, *, ended: bool
+    ) -> Row:
+        row = Row(stage, part, self.epochs[stage], metrics, genotype, ended)
+        self.epochs[stage] += 1
+        self.seconds[stage] += metrics["seconds"] or 0.0
+        self.last[stage] = metrics
+        self.peak_memory_mb = max(self.peak_memory_mb, metrics["peak_memory_mb"] or 0.0)
+        return row
+
+    def _begin_retrain(self) -> None:
+        assert self.search.genotype is not None
+        self.retrain = RetrainRun(
+            self.search.genotype, self.trial.retrain, self.data, self.trial.seeds.retrain, self.device
+        )
+
+    def _finish(self, retrain: RetrainRun) -> Values:
+        test_loss, test_error = retrain.quality("test")
+        searched = {f"search_{name}": self.last["search"].get(name) for name in SEARCH_SUMMARY}
+        return {
+            "test_error": test_error,
+            "test_loss": test_loss,
+            "valid_error": self.last["retrain"]["valid_error"],
+            **self._price(retrain.genotype),
+            "skips": float(retrain.genotype.normal.skips),
+            "search_seconds": self.seconds["search"],
+            "retrain_seconds": self.seconds["retrain"],
+            "peak_memory_mb": self.peak_memory_mb,
+            "discretisation_gap": self.last["search"].get("discretisation_gap"),
+            **searched,
+        }
+
+    def _price(self, genotype: Genotype) -> Values:
+        stage = self.trial.retrain
+        cost = network_cost(
+            genotype,
+            channels=stage.channels,
+            cells=stage.cells,
+            classes=self.data.classes,
+            image_size=self.data.image_size,
+            channels_in=self.data.channels,
+            stem=stage.stem,
+        )
+        return {"params_m": cost.params / 1e6, "madds_m": cost.madds / 1e6}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the trial depends on, in plain containers and tensors."""
+        return {
+            "trial": self.trial.id,
+            "search": self.search.state_dict(),
+            "retrain": self.retrain.state_dict() if self.retrain else None,
+            "seconds": dict(self.seconds),
+            "epochs": dict(self.epochs),
+            "last": {stage: dict(values) for stage, values in self.last.items()},
+            "peak_memory_mb": self.peak_memory_mb,
+            "result": self.result,
+        }
+
+    def load_state_dict(self, held: dict[str, Any], *, adopt: bool = False) -> None:
+        """Continue from where `state_dict` was taken; `adopt` takes over the state of another trial, as PBT does.
+
+        Raises:
+            ValueError: the state is that of another trial.
+        """
+        if held["trial"] != self.trial.id and not adopt:
+            raise ValueError(f"checkpoint of trial {held['trial']} cannot continue trial {self.trial.id}")
+        self.search.load_state_dict(held["search"])
+        self.retrain = None
+        if held["retrain"] is not None:
+            self._begin_retrain()
+            assert self.retrain is not None
+            self.retrain.load_state_dict(held["retrain"])
+        self.seconds, self.epochs = dict(held["seconds"]), dict(held["epochs"])
+        self.last = {stage: dict(values) for stage, values in held["last"].items()}
+        self.peak_memory_mb, self.result = held["peak_memory_mb"], held["result"]
+
+
+SEARCH_SUMMARY = ("valid_loss", "valid_error", "train_error", "alpha_entropy", "beta_entropy", "alpha_margin")
+"""Metrics of the last search epoch that the trial's result repeats, so that they stand in one row with the final error."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial found and what it scored."""
+
+    trial_id: str
+    genotype: Genotype
+    metrics: Values
+
+
+def run_trial(
+    trial: Trial,
+    report: Callable[[Row], None] = lambda row: None,
+    *,
+    arrays: Arrays | None = None,
+    device: torch.device | str = "cpu",
+) -> TrialResult:
+    """Search, retrain, read the test part once; `report` gets a row after every epoch."""
+    device = torch.device(device)
+    data = Data(arrays if arrays is not None else load(trial.data), trial.data, trial.seeds.split, device)
+    run = TrialRun(trial, data, device)
+    while not run.done:
+        report(run.step())
+    assert run.result is not None
+    assert run.search.genotype is not None
+    return TrialResult(trial.id, run.search.genotype, run.result)

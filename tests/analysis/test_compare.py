@@ -1,0 +1,240 @@
+"""The statistics agree with numbers computed by hand, with scipy and with simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from analysis.compare import Difference, difference, holm, mean_interval, relative_improvement, verdict
+
+A = [97.2, 97.4, 97.3, 97.5]
+B = [97.0, 97.1, 96.9, 97.2]
+
+samples = st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=2, max_size=8)
+
+
+def with_spread(n: int, mean: float = 0.0, spread: float = 1.0) -> NDArray[np.float64]:
+    """A sample of exactly this mean and standard deviation."""
+    raw = np.arange(n, dtype=np.float64)
+    sample: NDArray[np.float64] = mean + spread * (raw - raw.mean()) / raw.std(ddof=1)
+    return sample
+
+
+# Means
+
+
+@given(samples, st.sampled_from([0.8, 0.95, 0.99]))
+def test_the_interval_of_a_mean_is_students(values: list[float], level: float) -> None:
+    found = mean_interval(values, level)
+    assert found.mean == pytest.approx(np.mean(values))
+    if np.ptp(values) == 0:
+        assert (found.low, found.high, found.reason) == (None, None, f"{len(values)} equal runs")
+    else:
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(level)
+        assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_one_run_has_a_mean_and_no_interval() -> None:
+    found = mean_interval([0.25])
+    assert (found.mean, found.low, found.high, found.n, found.reason) == (0.25, None, None, 1, "one run")
+
+
+def test_no_run_has_no_mean() -> None:
+    found = mean_interval([])
+    assert (found.mean, found.low, found.n, found.reason) == (None, None, 0, "no finished run")
+
+
+def test_equal_runs_that_differ_in_the_last_bits_have_no_interval() -> None:
+    assert mean_interval([0.1 + 0.2, 0.3, 0.3]).reason == "3 equal runs"
+
+
+def test_values_that_are_not_finite_and_wrong_levels_are_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        mean_interval([0.1, math.nan])
+    with pytest.raises(ValueError, match=r"level=95 is not between 0 and 1; use 0\.95"):
+        mean_interval(A, level=95)
+
+
+# Differences
+
+
+def test_difference_computed_by_hand() -> None:
+    found = difference(A, B)
+    assert found.mean_difference == pytest.approx(0.3)
+    assert found.p == pytest.approx(0.016690, abs=5e-7)
+    assert found.hedges_g == pytest.approx(2.020687, abs=5e-7)
+    assert found.a12 == 0.96875
+    assert found.cliff_delta == 0.9375
+    # t = 3.286335 at 6 degrees of freedom, so the standard error is 0.3 / t and the margin 2.446912 of them.
+    margin = 2.446912 * 0.3 / 3.286335
+    assert (found.low, found.high) == pytest.approx((0.3 - margin, 0.3 + margin), abs=1e-6)
+
+
+# One side may be constant, which scipy warns of and Welch's test allows.
+@pytest.mark.filterwarnings("ignore:Precision loss:RuntimeWarning")
+@given(samples, samples)
+def test_difference_agrees_with_scipy(a: list[float], b: list[float]) -> None:
+    found = difference(a, b)
+    assert found.a12 == pytest.approx(stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)))
+    if np.ptp(a) == np.ptp(b) == 0:
+        assert found.p is None
+        return
+    test = stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    assert found.p == pytest.approx(test.pvalue, abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+@given(samples, samples)
+def test_swapping_the_sides_changes_signs_only(a: list[float], b: list[float]) -> None:
+    one, two = difference(a, b), difference(b, a)
+    assert one.mean_difference == -two.mean_difference
+    assert one.a12 == pytest.approx(1 - two.a12)
+    assert one.minimum_detectable == (None if two.p is None else pytest.approx(two.minimum_detectable))
+    if one.low is not None and two.high is not None and one.hedges_g is not None and two.hedges_g is not None:
+        assert one.low == pytest.approx(-two.high)
+        assert one.hedges_g == pytest.approx(-two.hedges_g)
+
+
+def test_effect_sizes_ignore_the_unit_and_the_detectable_difference_has_it() -> None:
+    fraction = difference([0.031, 0.035, 0.034], [0.041, 0.039, 0.045, 0.040])
+    percent = difference([3.1, 3.5, 3.4], [4.1, 3.9, 4.5, 4.0])
+    assert (percent.p, percent.hedges_g, percent.a12) == pytest.approx(
+        (fraction.p, fraction.hedges_g, fraction.a12)
+    )
+    assert fraction.minimum_detectable is not None
+    assert percent.minimum_detectable == pytest.approx(100 * fraction.minimum_detectable)
+
+
+def test_ties_within_the_resolution_count_half() -> None:
+    assert difference([0.3, 0.5], [0.1 + 0.2, 0.2]).a12 == 0.875
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        ([0.1], [0.2, 0.3], "one run on a side"),
+        ([0.1], [0.2], "one run on each side"),
+        ([0.1, 0.1], [0.2, 0.2], "equal runs on each side"),
+    ],
+)
+def test_without_a_spread_only_the_difference_and_a12_are_known(
+    a: list[float], b: list[float], reason: str
+) -> None:
+    found = difference(a, b)
+    assert found.reason == reason
+    assert found.mean_difference == pytest.approx(np.mean(a) - np.mean(b))
+    assert found.a12 == 0.0
+    assert found.low is found.high is found.p is found.hedges_g is found.minimum_detectable is None
+
+
+def test_a_side_without_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match="n_a=0, n_b=2: a difference needs a run on both sides"):
+        difference([], [1.0, 2.0])
+
+
+# Minimum detectable difference
+
+
+def detectable(n_a: int, n_b: int | None = None) -> float:
+    found = difference(with_spread(n_a), with_spread(n_b or n_a, mean=3.0)).minimum_detectable
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("n", "shift"), [(17, 1.0), (6, 2.0)])
+def test_runs_needed_per_arm_for_a_difference_in_standard_deviations(n: int, shift: float) -> None:
+    assert detectable(n) <= shift < detectable(n - 1)
+
+
+def test_four_runs_per_arm_detect_two_standard_deviations_and_a_third() -> None:
+    assert detectable(4) == pytest.approx(2.38, abs=0.005)
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "spread_a"), [(3, 3, 1.0), (2, 2, 1.0), (5, 3, 1.0), (8, 8, 3.0)])
+def test_the_detectable_difference_is_found_four_times_in_five(n_a: int, n_b: int, spread_a: float) -> None:
+    # Draws of Welch's statistic, its degrees of freedom those of the sample.
+    error = math.sqrt(spread_a**2 / n_a + 1 / n_b)
+    found = difference(with_spread(n_a, spread=spread_a), with_spread(n_b))
+    assert found.minimum_detectable is not None
+    df = error**4 / ((spread_a**2 / n_a) ** 2 / (n_a - 1) + (1 / n_b) ** 2 / (n_b - 1))
+    draw = np.random.default_rng(0)
+    runs = 100_000
+    t = (found.minimum_detectable / error + draw.standard_normal(runs)) / np.sqrt(
+        draw.chisquare(df, runs) / df
+    )
+    found_share = np.mean(2 * stats.t.sf(np.abs(t), df) < 0.05)
+    assert found_share == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / runs))
+
+
+# Several claims
+
+
+def test_holm_computed_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=8), st.floats(0.001, 0.5))
+def test_holm_rejects_what_its_step_down_procedure_rejects(p_values: list[float], alpha: float) -> None:
+    rejected = set()
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[index] * (len(p_values) - rank) > alpha:
+            break
+        rejected.add(index)
+    assert {index for index, p in enumerate(holm(p_values)) if p <= alpha} == rejected
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1])
+def test_holm_refuses_what_is_not_a_p_value(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        holm([0.5, wrong])
+
+
+LOWER, HIGHER = difference(B, A), difference(A, B)
+
+
+@pytest.mark.parametrize(
+    ("result", "adjusted_p", "claim", "expected"),
+    [
+        (LOWER, 0.02, "lower", "supported"),
+        (HIGHER, 0.02, "lower", "not supported"),
+        (HIGHER, 0.02, "higher", "supported"),
+        (LOWER, 0.02, "higher", "not supported"),
+        (LOWER, 0.05, "lower", "undecided at n=4"),
+        (HIGHER, 0.2, "lower", "undecided at n=4"),
+        (difference([0.1], [0.2, 0.3]), None, "lower", "undecided at n=1 and 2"),
+    ],
+)
+def test_verdicts(result: Difference, adjusted_p: float | None, claim: str, expected: str) -> None:
+    assert verdict(result, adjusted_p, claim) == expected  # type: ignore[arg-type]
+
+
+def test_a_supported_claim_has_an_interval_without_zero() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        result = difference(draw.normal(0, 1, 4), draw.normal(1.5, 2, 5))
+        assert result.p is not None
+        assert result.low is not None
+        assert result.high is not None
+        decided = verdict(result, result.p) != "undecided at n=4 and 5"
+        assert decided == (not result.low <= 0 <= result.high)
+
+
+# Relative improvement
+
+
+def test_relative_improvement_computed_by_hand() -> None:
+    assert relative_improvement(A, B) == pytest.approx(0.309119, abs=5e-7)
+
+
+def test_relative_improvement_needs_runs_and_a_positive_denominator() -> None:
+    with pytest.raises(ValueError, match="positive mean accuracy"):
+        relative_improvement([90.0], [0.0])
+    with pytest.raises(ValueError, match="runs on both sides"):
+        relative_improvement([], [90.0])

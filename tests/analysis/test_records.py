@@ -1,0 +1,454 @@
+"""Records survive crashes and retries, and become typed tables that depend on nothing but the records."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.records import append_row, export, read_rows, read_study, read_tables
+from nas.genotype import Genotype
+
+from .conftest import CONV, Build, end, epoch, genotype, start, write_rows, write_study, write_trial
+
+# Rows
+
+
+def test_a_row_is_one_line_and_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "trials" / "t.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"kind": "start", "n": 1},
+        {"kind": "end", "text": "a\nb", "list": [1, {"x": None}]},
+    ]
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+    assert path.read_text().count("\n") == 2
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    metrics = {
+        "a": math.nan,
+        "b": [math.inf, 1.5],
+        "c": np.float64("-inf"),
+        "d": np.float32(0.5),
+        "e": np.int64(3),
+    }
+    append_row(tmp_path / "t.jsonl", {"metrics": metrics})
+    assert read_rows(tmp_path / "t.jsonl") == [
+        {"metrics": {"a": None, "b": [None, 1.5], "c": None, "d": 0.5, "e": 3}}
+    ]
+
+
+def test_a_row_is_on_disk_when_it_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("analysis.records.os.fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    append_row(tmp_path / "t.jsonl", {"n": 1})
+    assert synced == [len('{"n": 1}\n')]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=4))
+def test_any_rows_come_back_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "t.jsonl"
+    path.touch()
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+
+
+@pytest.mark.parametrize("torn", ['{"kind": "epo', '{"kind": "end"', '{"text": "\\u00', "\x00\x00"])
+def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"n": 1}\n' + torn)
+    with pytest.warns(UserWarning, match=r"t\.jsonl, line 2.*torn"):
+        assert read_rows(path) == [{"n": 1}]
+
+
+def test_a_corrupt_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"n": 1}\n{"n": \n{"n": 3}\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2 is not a record"):
+        read_rows(path)
+
+
+def test_a_line_that_is_not_an_object_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('[1]\n{"n": 2}\n')
+    with pytest.raises(ValueError, match="line 1 is not a record: list instead of an object"):
+        read_rows(path)
+
+
+def test_appending_after_a_crash_removes_the_torn_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2')
+    with pytest.warns(UserWarning, match="torn"):
+        append_row(path, {"n": 3})
+    assert read_rows(path) == [{"n": 1}, {"n": 3}]
+
+
+def test_appending_keeps_a_whole_line_that_only_lacks_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}')
+    append_row(path, {"n": 3})
+    assert [row["n"] for row in read_rows(path)] == [1, 2, 3]
+
+
+# Study
+
+
+def test_a_folder_without_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no study\.json"):
+        read_study(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": 2}, "schema 2"),
+        ({"arms": "K=1"}, "arms='K=1' must be a list"),
+        ({"arms": ["a", "a"], "reference": None}, "different names"),
+        ({"reference": "K=3"}, "reference='K=3' is not an arm; use one of K=1"),
+        ({"baseline": 3}, "baseline=3 must be the name of an arm, or null"),
+    ],
+)
+def test_a_study_that_breaks_a_rule_is_refused(
+    tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_study(write_study(tmp_path, **fields))
+
+
+def test_a_study_that_lacks_a_field_or_is_not_json_is_refused(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path))
+    del study["arms"]
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    with pytest.raises(ValueError, match="lacks arms"):
+        read_study(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        read_study(tmp_path)
+
+
+# Trials
+
+
+def exported(folder: Path, rows: list[dict[str, Any]]) -> Any:
+    write_study(folder)
+    write_rows(folder, rows)
+    export(folder)
+    return read_tables(folder)
+
+
+def test_a_finished_trial_is_one_row(tmp_path: Path) -> None:
+    tables = exported(tmp_path, [start("t", "K=4", seed=7), end("t", test_error=0.125)])
+    row = tables.trials.iloc[0]
+    expected = {
+        "study_id": "0123456789ab",
+        "trial_id": "t",
+        "arm": "K=4",
+        "name": "K=4 seed=7",
+        "axes.arm": "K=4",
+        "axes.seed": 7,
+        "seed": 7,
+        "config.seed": 7,
+        "config.search.0.epochs": 3,
+        "config.search.0.keep": "[]",
+        "config.method.edge_norm": True,
+        "status": "completed",
+        "attempts": 1,
+        "test_error": 0.125,
+        "params_m": 0.5,
+        "genotype": genotype(),
+        "genotype_key": Genotype.parse(genotype()).key,
+        "started": pd.Timestamp(datetime.fromtimestamp(100, UTC)),
+        "ended": pd.Timestamp(datetime.fromtimestamp(200, UTC)),
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert row[["reason", "valid_error", "madds_m"]].isna().all()
+
+
+def test_a_retried_trial_counts_once_and_its_last_rows_win(tmp_path: Path) -> None:
+    first = [
+        start("t"),
+        epoch("t", 0, {"train_loss": 9.0, "only_first": 1.0}),
+        epoch("t", 1, {"train_loss": 8.0}),
+    ]
+    second = [start("t", seed=5, attempt="a1", time=150.0), epoch("t", 0, {"train_loss": 1.0}, attempt="a1")]
+    tables = exported(tmp_path, [*first, end("t", "failed"), *second, end("t", test_error=0.2, attempt="a1")])
+    trial = tables.trials.iloc[0]
+    assert (len(tables.trials), trial["attempts"], trial["status"], trial["test_error"]) == (
+        1,
+        2,
+        "completed",
+        0.2,
+    )
+    assert (trial["seed"], trial["started"]) == (5, pd.Timestamp(100, unit="s", tz="UTC"))
+    assert tables.epochs[["epoch", "key", "value", "attempt_id"]].values.tolist() == [
+        [0, "train_loss", 1.0, "a1"],
+        [1, "train_loss", 8.0, "a0"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("last", "status"), [("failed", "pending"), ("oom", "pending"), ("completed", "completed")]
+)
+def test_a_trial_started_again_is_pending_unless_it_had_completed(
+    tmp_path: Path, last: str, status: str
+) -> None:
+    tables = exported(tmp_path, [start("t"), end("t", last), start("t", attempt="a1")])
+    assert tables.trials["status"].tolist() == [status]
+
+
+def test_a_trial_without_end_is_pending(tmp_path: Path) -> None:
+    tables = exported(tmp_path, [start("t"), epoch("t", 0, {"train_loss": 1.0})])
+    assert tables.trials["status"].tolist() == ["pending"]
+    assert tables.trials[["ended", "test_error", "genotype"]].isna().all(axis=None)
+
+
+def test_a_trial_that_crashed_before_its_first_record_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    write_trial(tmp_path, "K=1", 0, 0.1)
+    (tmp_path / "trials" / "empty.jsonl").touch()
+    with pytest.warns(UserWarning, match=r"empty\.jsonl holds no record"):
+        export(tmp_path)
+    assert read_tables(tmp_path).trials["trial_id"].tolist() == ["K1-0"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (end("other"), "record 2 is of trial 'other'"),
+        (end("t", "stopped"), "status 'stopped'; use one of completed, pruned"),
+        ({"kind": "note"}, "kind 'note'; use one of start, epoch, end"),
+        ({"kind": "end", "trial": "t"}, r"record 2 \(end\) lacks attempt, genotype"),
+        (end("t", genotype="Genotype()"), "record 2: .*write Genotype"),
+        (epoch("t", 0, {"train_loss": "low"}), "metric train_loss='low' is not a number"),  # type: ignore[dict-item]
+    ],
+)
+def test_a_record_that_breaks_a_rule_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    write_study(tmp_path)
+    for content in (start("t"), row):
+        append_row(tmp_path / "trials" / "t.jsonl", content)
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path)
+
+
+def test_a_trial_without_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no start record"):
+        exported(tmp_path, [end("t")])
+
+
+def test_an_end_metric_named_as_a_column_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="end metric 'attempts' has the name of another column"):
+        exported(tmp_path, [start("t"), end("t", metrics={"attempts": 1.0})])
+
+
+# Columns
+
+
+def with_config(trial: str, config: dict[str, Any], axes: dict[str, Any]) -> dict[str, Any]:
+    return start(trial) | {"config": config, "axes": axes}
+
+
+def test_config_columns_have_the_type_of_their_values(tmp_path: Path) -> None:
+    first = {"a": {"int": 1, "float": 0.5, "mixed": 1, "bool": True, "gap": 3, "null": None, "big": 2**63}}
+    second = {
+        "a": {
+            "int": 2,
+            "float": 1,
+            "mixed": "auto",
+            "bool": False,
+            "null": None,
+            "big": 1,
+            "list": [5, [True]],
+        }
+    }
+    rows = [
+        with_config("t", first, {"K": 4, "depths": [5, 11]}),
+        with_config("u", second, {"K": None, "depths": [8, 20]}),
+    ]
+    trials = exported(tmp_path, rows).trials
+    found = {
+        name: (str(column.dtype), column.astype(object).where(column.notna(), None).tolist())
+        for name, column in trials.items()
+        if str(name).startswith(("config.", "axes."))
+    }
+    assert found == {
+        "axes.K": ("Int64", [4, None]),
+        "axes.depths": ("str", ["[5, 11]", "[8, 20]"]),
+        "config.a.int": ("int64", [1, 2]),
+        "config.a.float": ("float64", [0.5, 1.0]),
+        "config.a.mixed": ("str", ["1", "auto"]),
+        "config.a.bool": ("bool", [True, False]),
+        "config.a.gap": ("Int64", [3, None]),
+        "config.a.null": ("object", [None, None]),
+        "config.a.big": ("str", [str(2**63), "1"]),
+        "config.a.list.0": ("Int64", [None, 5]),
+        "config.a.list.1.0": ("boolean", [None, True]),
+    }
+
+
+def test_each_seed_is_a_column(tmp_path: Path) -> None:
+    config = {"seed": 1, "split_seed": 2, "data": {"seed": 9}, "seeds": 4}
+    trials = exported(tmp_path, [with_config("t", config, {"retrain_seed": 3})]).trials
+    assert trials[["seed", "split_seed", "retrain_seed"]].values.tolist() == [[1, 2, 3]]
+    assert "seeds" not in trials
+
+
+def test_trials_stand_in_the_order_of_the_arms(build: Build) -> None:
+    tables = build({"K=4": [0.1, 0.2], "K=1": [0.3], "random": [0.4]})
+    assert tables.trials["arm"].tolist() == ["K=4", "K=4", "K=1", "random"]
+    assert tables.arms == ("K=4", "K=1", "random")
+
+
+def test_arms_that_the_study_does_not_list_come_last(build: Build) -> None:
+    tables = build({"K=4": [0.1], "K=1": [0.3], "random": [0.4]}, arms=["K=1"], baseline="random")
+    assert tables.arms == ("K=1", "random", "K=4")
+
+
+def test_epochs_are_long_and_sorted(tmp_path: Path) -> None:
+    rows = [start("u"), start("t")]
+    for trial in ("u", "t"):
+        for number in (2, 10, 0):
+            rows.append(epoch(trial, number, {"valid_error": 0.5, "beta_entropy": None}, part=number // 3))
+        rows.append(epoch(trial, 0, {"lr": 0.1}, "retrain"))
+    epochs = exported(tmp_path, rows).epochs
+    one = [("retrain", "lr", 0)] + [
+        ("search", key, n) for key in ("beta_entropy", "valid_error") for n in (0, 2, 10)
+    ]
+    found = list(epochs[["trial_id", "stage", "key", "epoch"]].itertuples(index=False, name=None))
+    assert found == [(trial, *rest) for trial in ("t", "u") for rest in one]
+    assert epochs.loc[epochs["key"] == "beta_entropy", "value"].isna().all()
+    assert epochs.loc[epochs["epoch"] == 10, "part"].tolist() == [3, 3, 3, 3]
+    assert (epochs[["trial_id", "attempt_id", "stage", "key"]].dtypes == "category").all()
+    assert epochs["timestamp"].iloc[0] == pd.Timestamp(101, unit="s", tz="UTC")
+
+
+def test_genotypes_hold_each_epoch_and_the_final_one(tmp_path: Path) -> None:
+    prices = {"params_m": 1.5, "madds_m": 200.0}
+    rows = [
+        start("t"),
+        epoch("t", 0, prices, genotype=genotype(3)),
+        epoch("t", 1, prices),
+        epoch("t", 0, {"lr": 0.1}, "retrain"),
+        end("t", genotype=genotype(2)),
+    ]
+    found = exported(tmp_path, rows).genotypes
+    assert found[["stage", "skips_normal", "skips_reduce", "params_m"]].values.tolist() == [
+        ["search", 3, 0, 1.5],
+        ["final", 2, 0, 0.5],
+    ]
+    assert found["epoch"].isna().tolist() == [False, True]
+    assert found["madds_m"].isna().tolist() == [False, True]
+    for text, row in zip((genotype(3), genotype(2)), found.itertuples(), strict=True):
+        parsed = Genotype.parse(text)
+        assert Genotype.from_json(json.loads(str(row.genotype))) == parsed
+        assert (row.key, row.depth_normal, row.width_reduce) == (parsed.key, 1, 4 * len(CONV))
+
+
+def test_isomorphic_genotypes_share_their_key(tmp_path: Path) -> None:
+    swapped = genotype().replace(
+        "('skip_connect', 0), ('sep_conv_3x3', 1)", "('sep_conv_3x3', 1), ('skip_connect', 0)"
+    )
+    assert swapped != genotype()
+    tables = exported(tmp_path, [start("t"), end("t"), start("u"), end("u", genotype=swapped)])
+    assert tables.trials["genotype"].nunique() == 2
+    assert tables.trials["genotype_key"].nunique() == 1
+
+
+# Files
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder, order in zip(folders, ((0, 1, 2), (2, 0, 1)), strict=True):
+        write_study(folder)
+        for seed in order:
+            write_trial(folder, "K=1", seed, 0.1 + seed / 100)
+            write_trial(folder, "random", seed, 0.2 + seed / 100)
+    first, second = (export(folder) for folder in folders)
+    assert [path.name for path in first.values()] == [
+        "trials.parquet",
+        "epochs.parquet",
+        "genotypes.parquet",
+        "manifest.json",
+    ]
+    for name in first:
+        assert first[name].read_bytes() == second[name].read_bytes()
+
+
+def test_the_manifest_describes_the_files(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    write_trial(tmp_path, "K=1", 0, 0.1)
+    paths = export(tmp_path)
+    manifest = json.loads(paths.pop("manifest").read_text())
+    assert manifest["rows"] == {"trials": 1, "epochs": 14, "genotypes": 4}
+    assert (manifest["schema"], manifest["study_id"]) == (1, "0123456789ab")
+    for name, path in paths.items():
+        assert manifest["sha256"][name] == hashlib.sha256(path.read_bytes()).hexdigest()
+        stored = pq.ParquetFile(path)
+        assert stored.metadata.metadata[b"nas.schema"] == b"1"
+        assert stored.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_a_failed_export_leaves_the_old_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_study(tmp_path)
+    write_trial(tmp_path, "K=1", 0, 0.1)
+    old = {path: path.read_bytes() for path in export(tmp_path).values()}
+    write_trial(tmp_path, "K=1", 1, 0.2)
+
+    def refuse(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("analysis.records.os.replace", refuse)
+    with pytest.raises(OSError, match="no space"):
+        export(tmp_path)
+    assert {path: path.read_bytes() for path in (tmp_path / "tables").iterdir()} == old
+
+
+def test_tables_that_are_missing_or_changed_are_refused(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    write_trial(tmp_path, "K=1", 0, 0.1)
+    with pytest.raises(FileNotFoundError, match="has no tables yet"):
+        read_tables(tmp_path)
+    paths = export(tmp_path)
+    shutil.copy(paths["epochs"], paths["trials"])
+    with pytest.raises(
+        ValueError, match=r"trials\.parquet is not the file its manifest describes; export again"
+    ):
+        read_tables(tmp_path)
+    paths["manifest"].write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="schema 0"):
+        read_tables(tmp_path)
+
+
+def test_a_study_without_trials_has_empty_tables_with_the_usual_columns(build: Build) -> None:
+    tables = build({"K=1": [], "random": []})
+    assert (len(tables.trials), len(tables.epochs), len(tables.genotypes)) == (0, 0, 0)
+    assert {"trial_id", "arm", "status", "test_error", "search_seconds"} <= set(tables.trials)
+    assert {"trial_id", "stage", "epoch", "key", "value"} <= set(tables.epochs)
+
+
+def test_finals_are_completed_trials_with_a_test_error(build: Build) -> None:
+    tables = build({"K=1": [0.1, None, "failed", "pending"], "random": [0.3]})
+    assert tables.finals()["test_error"].tolist() == [0.1, 0.3]
+    assert tables.finals("K=1")["trial_id"].tolist() == ["K1-0"]

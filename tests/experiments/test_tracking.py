@@ -1,0 +1,561 @@
+"""MLflow shows a study as its records tell it, whatever happens to the store meanwhile."""
+
+import json
+import logging
+import math
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import tracking
+from experiments.tracking import SPOOL, Tracker, default_uri, main, sync, ui_command
+from nas.genotype import Genotype
+from nas.published import PUBLISHED
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own imports
+    import mlflow
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+GENOTYPE = str(PUBLISHED["PC_DARTS_cifar"])
+STUDY_ID = "0123456789ab"
+NOBODY = "http://127.0.0.1:9"
+STUDY: dict[str, Any] = {
+    "schema": 1,
+    "study_id": STUDY_ID,
+    "name": "sweep_k",
+    "question": "What does searching on 1/K of the channels cost?",
+    "preset": "laptop",
+    "created": "2026-01-02T03:04:05+00:00",
+    "command": "python -m experiments.sweep_k --tracking-uri http://user:secret@host:5000",
+    "axis": "K",
+    "reference": "K=1",
+    "baseline": None,
+    "arms": ["K=1", "K=4"],
+    "provenance": {
+        "git_commit": "c0ffee",
+        "git_dirty": True,
+        "packages": {"torch": "2.14.1"},
+        "gpus": [],
+        "data_name": "digits",
+        "data_sha256": "ab" * 32,
+        "config_hash": "feedbeef",
+    },
+}
+
+
+def trial_rows(trial: str, k: int, begin: float, status: str = "completed") -> list[dict[str, Any]]:
+    config = {
+        "method": {"supernet": {"partial_channels": k}},
+        "search": [{"epochs": 2}, {"epochs": 1}],
+        "seed": 0,
+    }
+    config["text"] = "x" * 7000
+    common = {"trial": trial, "attempt": "a1"}
+    rows: list[dict[str, Any]] = [
+        {
+            "kind": "start",
+            "time": begin,
+            "name": f"K={k} seed=0",
+            "arm": f"K={k}",
+            "axes": {"K": k, "edge_norm": k > 1, "depths": [5, 11, 17], "seed": 0},
+            "config": config,
+        }
+    ]
+    for number, (stage, epoch) in enumerate((("search", 0), ("search", 1), ("search", 2), ("retrain", 0))):
+        metrics = {"valid_error": 0.5 / (number + 1), "beta_entropy": None}
+        row = {"kind": "epoch", "time": begin + 1 + number, "stage": stage, "part": 0, "epoch": epoch}
+        rows.append(row | {"metrics": metrics, "genotype": GENOTYPE})
+    end = {"kind": "end", "time": begin + 9.25, "status": status, "reason": None, "genotype": GENOTYPE}
+    rows.append(end | {"metrics": {"test_error": 0.1 * k, "params_m": 3.6}})
+    return [common | row for row in rows]
+
+
+ROWS = trial_rows("t1", 1, 1000.0) + trial_rows("t4", 4, 2000.5)
+
+
+def write_study(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> Path:
+    """A study folder as the driver leaves it."""
+    (folder / "trials").mkdir(parents=True)
+    (folder / "tables").mkdir()
+    (folder / "tables" / "trials.parquet").write_bytes(b"table")
+    (folder / "study.json").write_text(json.dumps(STUDY))
+    for row in rows:
+        with (folder / "trials" / f"{row['trial']}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def track(uri: str, folder: Path, rows: Sequence[Mapping[str, Any]], **close: Any) -> Tracker:
+    """A tracker that took `rows` and was closed."""
+    tracker = Tracker(uri, STUDY, folder, flush_seconds=0.05)
+    tracker.open()
+    for row in rows:
+        tracker.row(row)
+    tracker.close(**close)
+    return tracker
+
+
+def runs(uri: str, kind: str = "trial", study: str = STUDY_ID) -> list[Run]:
+    client = MlflowClient(uri)
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(
+        client.search_runs(
+            ids, f"tags.kind = '{kind}' and tags.study_id = '{study}'", order_by=["tags.trial_id"]
+        )
+    )
+
+
+def told(uri: str, study: str = STUDY_ID) -> list[Any]:
+    """All that a store says of a study's trials, without the ids it made up."""
+    client = MlflowClient(uri)
+    return [
+        (
+            (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
+            run.data.params,
+            {key: value for key, value in run.data.tags.items() if key != "mlflow.parentRunId"},
+            {
+                key: [
+                    (point.step, point.timestamp, point.value)
+                    for point in client.get_metric_history(run.info.run_id, key)
+                ]
+                for key in run.data.metrics
+            },
+            sorted(file.path for file in client.list_artifacts(run.info.run_id)),
+        )
+        for run in runs(uri, study=study)
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_proxy() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with another study, to be copied: making a new one takes seconds."""
+    folder = tmp_path_factory.mktemp("new") / "other"
+    tracker = Tracker(default_uri(folder), STUDY | {"name": "other", "study_id": "f" * 12}, folder)
+    tracker.open()
+    store = folder.parent / "mlflow.db"
+    assert store.stat().st_size > 0, "workers may start after open(), so the store must be there"
+    tracker.close()
+    return store
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("results") / "sweep_k")
+
+
+@pytest.fixture(scope="module")
+def uri(folder: Path, new_store: Path) -> str:
+    """The store of the module, holding the study as it was logged live."""
+    uri = default_uri(folder)
+    shutil.copy(new_store, folder.parent / "mlflow.db")
+    track(uri, folder, ROWS, artifacts=[folder / "tables" / "trials.parquet"], summary="| K | error |")
+    return uri
+
+
+def study_of(number: int) -> dict[str, Any]:
+    """Another study in the same store."""
+    return STUDY | {"study_id": f"{number:012x}"}
+
+
+def test_search_by_axis_finds_the_trial(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    found = mlflow.search_runs(search_all_experiments=True, filter_string="params.K = '4'")
+    assert found["tags.trial_id"].tolist() == ["t4"]
+    assert found["params.edge_norm"].tolist() == ["True"]
+    assert found["params.depths"].tolist() == ["[5, 11, 17]"]
+    assert found["params.method.supernet.partial_channels"].tolist() == ["4"]
+    assert found["params.search.1.epochs"].tolist() == ["1"]
+    assert found["metrics.final/test_error"].tolist() == [0.4]
+
+
+@pytest.mark.parametrize(
+    ("query", "trials"),
+    [
+        ("metrics.`axis/K` > 1", ["t4"]),
+        ("metrics.`final/test_error` < 0.2 and params.seed = '0'", ["t1"]),
+        ("tags.status = 'completed' and attributes.status = 'FINISHED'", ["t1", "t4"]),
+        ("attributes.run_name LIKE 'K=4%'", ["t4"]),
+    ],
+)
+def test_filters_that_users_type(uri: str, query: str, trials: list[str]) -> None:
+    client = MlflowClient(uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'sweep_k'")
+    found = client.search_runs([experiment.experiment_id], query, order_by=["tags.trial_id"])
+    assert [
+        run.data.tags["trial_id"] for run in found if run.data.tags["study_id"] == STUDY["study_id"]
+    ] == trials
+
+
+def test_trial_has_its_genotype_and_drawings(uri: str) -> None:
+    run = runs(uri)[1]
+    files = {file.path for file in MlflowClient(uri).list_artifacts(run.info.run_id)}
+    assert files == {"config.json", "genotype.json", "genotype.svg", "genotype.png"}
+    stored = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/genotype.json")
+    assert Genotype.from_json(stored) == PUBLISHED["PC_DARTS_cifar"]
+    assert run.data.tags["genotype_key"] == PUBLISHED["PC_DARTS_cifar"].key
+    assert mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/config.json") == ROWS[6]["config"]
+
+
+def test_metric_history_is_that_of_the_rows(uri: str) -> None:
+    history = MlflowClient(uri).get_metric_history(runs(uri)[1].info.run_id, "search/valid_error")
+    assert [(point.step, point.timestamp, point.value) for point in history] == [
+        (0, 2001500, 0.5),
+        (1, 2002500, 0.25),
+        (2, 2003500, 0.5 / 3),
+    ]
+
+
+def test_times_of_a_run_are_those_of_its_rows(uri: str) -> None:
+    info = runs(uri)[0].info
+    assert (info.start_time, info.end_time) == (1000000, 1009250)
+
+
+def test_parent_tells_origin_question_and_summary(uri: str, folder: Path) -> None:
+    (parent,) = runs(uri, "study")
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs(uri)} == {parent.info.run_id}
+    tags = parent.data.tags
+    assert tags["mlflow.note.content"] == f"{STUDY['question']}\n\n| K | error |"
+    assert (tags["git_commit"], tags["git_dirty"], tags["packages.torch"]) == ("c0ffee", "True", "2.14.1")
+    assert (tags["data_sha256"], tags["config_hash"], tags["preset"]) == ("ab" * 32, "feedbeef", "laptop")
+    assert "baseline" not in tags  # null
+    assert parent.inputs is not None
+    assert [data.dataset.name for data in parent.inputs.dataset_inputs] == ["digits"]
+    client = MlflowClient(uri)
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"summary.md", "tables"}
+    assert [file.path for file in client.list_artifacts(parent.info.run_id, "tables")] == [
+        "tables/trials.parquet"
+    ]
+    assert parent.info.status == "FINISHED"
+    assert not (folder / SPOOL).exists()
+
+
+def test_password_of_the_command_is_not_stored(uri: str) -> None:
+    assert runs(uri, "study")[0].data.tags["command"].endswith("http://***@host:5000")
+
+
+def test_long_param_says_that_it_is_cut(uri: str) -> None:
+    value = runs(uri)[0].data.params["text"]
+    assert len(value) == 6000
+    assert value.endswith("... (cut; 7000 characters)")
+
+
+def test_link_is_the_parents_page(uri: str, folder: Path) -> None:
+    (parent,) = runs(uri, "study")
+    tracker = track(uri, folder, [])
+    page = f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
+    assert tracker.link().partition("?")[0] == page
+
+
+def test_rows_sent_again_change_nothing(uri: str, folder: Path) -> None:
+    before = told(uri)
+    track(uri, folder, ROWS)
+    assert told(uri) == before
+    assert len(runs(uri, "study")) == 1
+    assert sync(folder, uri) == len(ROWS)
+    assert told(uri) == before
+
+
+def test_later_attempt_of_a_trial_goes_on_in_its_run(uri: str, tmp_path: Path) -> None:
+    study = study_of(1)
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.05)
+    tracker.open()
+    first = trial_rows("t1", 1, 1000.0, status="failed")
+    first[-1]["reason"] = "the node was lost"
+    second = [row | {"attempt": "a2"} for row in trial_rows("t1", 1, 3000.0)]
+    for row in [*first, *second[:3]]:
+        tracker.row(row)
+    tracker.close()
+    (run,) = runs(uri, study=study["study_id"])
+    assert (run.info.status, run.data.tags["attempt"], run.data.tags["status"]) == (
+        "RUNNING",
+        "a2",
+        "running",
+    )
+    tracker = Tracker(uri, study, tmp_path)  # another process
+    tracker.open()
+    for row in second[3:]:
+        tracker.row(row)
+    tracker.close()
+    (run,) = runs(uri, study=study["study_id"])
+    assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "completed")
+    assert "reason" not in run.data.tags
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, "retrain/valid_error")
+    assert [point.timestamp for point in history] == [1004000, 3004000]
+
+
+def test_statuses_and_values_that_are_no_numbers(uri: str, tmp_path: Path) -> None:
+    study = study_of(2)
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.05)
+    tracker.open()
+    for number, status in enumerate(("completed", "pruned", "failed", "oom", "diverged")):
+        rows = trial_rows(status, 1, 1000.0 * number, status)
+        rows[2]["metrics"]["valid_error"] = math.nan
+        rows[3]["metrics"]["valid_error"] = math.inf
+        for row in rows:
+            tracker.row(row)
+    tracker.close()
+    by_status = {run.data.tags["status"]: run for run in runs(uri, study=study["study_id"])}
+    assert {status: run.info.status for status, run in by_status.items()} == {
+        "completed": "FINISHED",
+        "pruned": "FINISHED",
+        "failed": "FAILED",
+        "oom": "FAILED",
+        "diverged": "FAILED",
+    }
+    run = by_status["diverged"]
+    assert run.data.tags["nonfinite"] == "search/valid_error"
+    assert "search/beta_entropy" not in run.data.metrics
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, "search/valid_error")
+    assert [(point.step, point.value) for point in history] == [(0, 0.5)]
+
+
+def test_changed_param_is_told_and_stops_nothing(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = study_of(3)
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.05)
+    tracker.open()
+    for row in trial_rows("t", 1, 1000.0) + trial_rows("t", 4, 2000.0):
+        tracker.row(row)
+    tracker.close()
+    (run,) = runs(uri, study=study["study_id"])
+    assert run.data.params["K"] == "1"
+    assert "K: '1' became '4'" in run.data.tags["param_conflicts"]
+    assert run.data.metrics["final/test_error"] == 0.4
+    assert "Params of K=4 seed=0 changed" in caplog.text
+
+
+def test_axis_that_differs_from_a_field_of_its_name_keeps_its_name() -> None:
+    assert tracking._params({"seed": 3}, {"seed": 0, "K": None}) == {
+        "seed": "3",
+        "config.seed": "0",
+        "K": "None",
+    }
+
+
+def test_row_that_mlflow_refuses_does_not_hold_up_the_others(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = study_of(4)
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.05)
+    tracker.open()
+    rows = trial_rows("t", 1, 1000.0)
+    rows[1]["metrics"] = {"../x": 1.0}  # a path that MLflow refuses
+    rows[2] = {"kind": "epoch", "trial": "t"}
+    rows[-1]["genotype"] = "Genotype(?)"
+    for row in rows:
+        tracker.row(row)
+    tracker.close()
+    (run,) = runs(uri, study=study["study_id"])
+    assert run.info.status == "FINISHED"
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, "search/valid_error")
+    assert [point.step for point in history] == [2]
+    assert run.data.metrics["final/test_error"] == 0.1
+    assert caplog.text.count("MLflow refuses a row of trial t") == 3
+    assert not (tmp_path / SPOOL).exists()
+
+
+def test_run_deleted_in_the_ui_is_begun_anew(uri: str, tmp_path: Path) -> None:
+    study = study_of(5)
+    rows = trial_rows("t", 1, 1000.0)
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.05)
+    tracker.open()
+    for row in rows[:2]:
+        tracker.row(row)
+    deadline = time.monotonic() + 10
+    while not (found := runs(uri, study=study["study_id"])) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    MlflowClient(uri).delete_run(found[0].info.run_id)
+    for row in rows[2:]:
+        tracker.row(row)
+    tracker.close()
+    (run,) = runs(uri, study=study["study_id"])
+    assert run.info.run_id != found[0].info.run_id
+    assert run.data.metrics["final/test_error"] == 0.1
+
+
+def test_files_that_find_no_room_do_not_hold_up_rows(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", refuse)
+    study = study_of(6)
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.05)
+    tracker.open()
+    for row in trial_rows("t", 1, 1000.0):
+        tracker.row(row)
+    tracker.close()
+    (run,) = runs(uri, study=study["study_id"])
+    assert run.info.status == "FINISHED"
+    assert "no space left" in run.data.tags["artifacts_missing"]
+    assert caplog.text.count("takes rows but not files") == 1
+
+
+def test_server_that_nobody_runs_costs_no_time_and_no_row(
+    uri: str, tmp_path: Path, new_store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_study(tmp_path / "sweep_k")
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    address = NOBODY.replace("//", "//user:secret@")
+    tracker = Tracker(address, STUDY, folder, flush_seconds=0.05)
+    began = time.monotonic()
+    tracker.open()
+    for row in ROWS:
+        tracker.row(row)
+    assert time.monotonic() - began < 5
+    assert tracker.link() == "#/experiments"
+    tracker.close(artifacts=[folder / "tables"], summary="late")
+    assert time.monotonic() - began < 10
+    spool = [json.loads(line) for line in (folder / SPOOL).read_text().splitlines()]
+    assert spool[:-1] == ROWS
+    ours = caplog.messages
+    assert len(ours) == 2, ours
+    assert "The study goes on" in ours[0]
+    assert f"python -m experiments.tracking sync {folder} --tracking-uri" in ours[1]
+    assert "secret" not in caplog.text
+
+    rebuilt = default_uri(folder)
+    main(["sync", str(folder)])
+    assert told(rebuilt) == told(uri)
+    (parent,) = runs(rebuilt, "study")
+    assert parent.data.tags["mlflow.note.content"].endswith("late")
+    assert parent.info.status == "FINISHED"
+    files = MlflowClient(rebuilt).list_artifacts(parent.info.run_id, "tables")
+    assert [file.path for file in files] == ["tables/trials.parquet"]
+    assert not (folder / SPOOL).exists()
+
+
+def test_server_that_comes_back_gets_the_spool_in_order(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, attempts, down = tracking._Store, [], [True]
+
+    def connect(*arguments: Any) -> tracking._Store:
+        attempts.append(time.monotonic())
+        if down[0]:
+            raise ConnectionError("refused")
+        return store(*arguments)
+
+    monkeypatch.setattr(tracking, "_Store", connect)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", (0.1, 0.4))
+    study = study_of(7)
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.01)
+    tracker.open()
+    for row in ROWS:
+        tracker.row(row)
+    time.sleep(1.0)
+    down[0] = False
+    deadline = time.monotonic() + 10
+    while (tmp_path / SPOOL).stat().st_size and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (tmp_path / SPOOL).stat().st_size == 0
+    # At about 0, 0.1, 0.3, 0.7, 1.1 s: each pause is twice the one before, up to the longest.
+    pauses = [later - sooner for sooner, later in pairwise(attempts)]
+    least = (0.1, 0.2, 0.4, 0.4)[: len(pauses)]
+    assert all(pause >= bound for pause, bound in zip(pauses, least, strict=True)), pauses
+    assert 3 <= len(pauses) <= 4
+    tracker.close()
+    assert [run.data.tags["status"] for run in runs(uri, study=study["study_id"])] == [
+        "completed",
+        "completed",
+    ]
+    messages = [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+    assert ["The study goes on" in messages[0], "answers again" in messages[1], len(messages)] == [
+        True,
+        True,
+        2,
+    ]
+
+
+def test_spool_of_a_process_that_died_is_sent_by_the_next(uri: str, tmp_path: Path) -> None:
+    study = study_of(8)
+    lines = [json.dumps(row) for row in trial_rows("t", 1, 1000.0)]
+    close = json.dumps({"kind": "close", "time": 1.0, "artifacts": [], "summary": "too early"})
+    (tmp_path / SPOOL).write_text("\n".join([*lines[:-1], close, lines[-1][:30]]))
+    tracker = Tracker(uri, study, tmp_path, flush_seconds=0.05)
+    tracker.open()
+    tracker.row(json.loads(lines[-1]))
+    tracker.close()
+    (run,) = runs(uri, study=study["study_id"])
+    assert (run.info.status, len(run.data.metrics)) == ("FINISHED", 6)
+    assert "too early" not in runs(uri, "study", study["study_id"])[0].data.tags["mlflow.note.content"]
+
+
+def test_torn_line_of_the_spool_spoils_no_other(tmp_path: Path) -> None:
+    (tmp_path / SPOOL).write_text('{"kind": "st')
+    track(NOBODY, tmp_path, ROWS[:1])
+    torn, row, close = (tmp_path / SPOOL).read_text().splitlines()
+    assert (torn, json.loads(row), json.loads(close)["kind"]) == ('{"kind": "st', ROWS[0], "close")
+
+
+def test_row_needs_an_open_tracker(tmp_path: Path) -> None:
+    tracker = Tracker(NOBODY, STUDY, tmp_path)
+    with pytest.raises(RuntimeError, match=r"call open\(\)"):
+        tracker.row(ROWS[0])
+
+
+def test_sync_of_a_study_that_did_not_end_leaves_it_running(
+    tmp_path: Path, new_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_study(tmp_path / "sweep_k", ROWS[:-1])
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    with (folder / "trials" / "t4.jsonl").open("a") as file:
+        file.write('{"kind": "end", "tri')
+    main(["sync", str(folder)])
+    uri = default_uri(folder)
+    assert "11 rows of" in capsys.readouterr().out
+    assert [run.info.status for run in runs(uri)] == ["FINISHED", "RUNNING"]
+    assert runs(uri, "study")[0].info.status == "RUNNING"
+
+
+def test_sync_tells_what_failed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"has no study\.json; give the folder of one study"):
+        main(["sync", str(tmp_path)])
+
+
+def test_store_is_beside_the_folder_and_shown_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert default_uri(tmp_path / "study") == uri
+    monkeypatch.chdir(tmp_path)
+    assert ui_command("sqlite:///mlflow.db") == ui_command(uri)
+    assert ui_command(uri, "#/experiments/1/runs/r").endswith(
+        f"--backend-store-uri {uri}  # then open http://127.0.0.1:5000/#/experiments/1/runs/r"
+    )
+    assert ui_command("http://user:pass@host:5000/", "#/x") == "http://***@host:5000/#/x"
+    assert "pass" not in ui_command("postgresql://user:pass@host/db")
+
+
+def test_import_pulls_in_neither_mlflow_nor_ray_nor_torch() -> None:
+    script = (
+        "import experiments.tracking, os, sys;"
+        "print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules],"
+        "os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES'])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["[]", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _warnings_reach_caplog(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger=tracking.__name__)
