@@ -114,6 +114,56 @@ def curve_data(tables: Tables) -> pd.DataFrame:
     return data[["arm", "trial_id", "status", "stage", "epoch", "valid_error_percent"]]
 
 
+def error_by_size(tables: Tables) -> Figure:
+    """Validation error of every finished run against its size, with the front of what none is better than."""
+    data = size_data(tables)
+    figure = _figure(_title(tables), 4.6)
+    axes = figure.add_subplot()
+    axes.set_xlabel("parameters (millions)")
+    axes.set_ylabel("validation error (%)")
+    if data.empty:
+        _say(axes, "no finished run yet")
+        return figure
+    axes.grid(color=PALE, linewidth=0.6)
+    for random, colour, marker in ((False, BLUE, "o"), (True, GREY, "s")):
+        runs = data[(data["arm"] == tables.baseline) == random]
+        axes.scatter(
+            runs["params_m"], runs["valid_error_percent"], s=28, color=colour, marker=marker, alpha=0.75
+        )
+    front = data[data["front"]].sort_values("params_m")
+    axes.step(
+        front["params_m"],
+        front["valid_error_percent"],
+        where="post",
+        color=VERMILION,
+        linewidth=1.2,
+        zorder=1,
+    )
+    handles = [
+        Line2D([], [], color=BLUE, marker="o", linestyle="none", label=f"searched (n = {len(data)})"),
+        Line2D([], [], color=VERMILION, linewidth=1.2, label="front: no run is better and smaller"),
+    ]
+    baseline = int((data["arm"] == tables.baseline).sum())
+    if baseline:
+        handles[0].set_label(f"searched (n = {len(data) - baseline})")
+        label = f"random (n = {baseline})"
+        handles.insert(1, Line2D([], [], color=GREY, marker="s", linestyle="none", label=label))
+    _legend(figure, handles)
+    return figure
+
+
+def size_data(tables: Tables) -> pd.DataFrame:
+    """What `error_by_size` draws: a row per finished trial that was validated."""
+    finals = (
+        tables.finals().dropna(subset=["valid_error", "params_m"]).sort_values(["valid_error", "params_m"])
+    )
+    data = finals[["arm", "trial_id", "name", "params_m"]].copy()
+    data["valid_error_percent"] = 100 * finals["valid_error"]
+    data["test_error_percent"] = 100 * finals["test_error"]
+    data["front"] = finals["params_m"] < finals["params_m"].cummin().shift(fill_value=np.inf)
+    return data
+
+
 def save(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
     """Write a figure as `.svg` and `.png` and the rows that drew it as `.csv`; equal input, equal bytes.
 
@@ -255,7 +305,7 @@ def _draw_runs(axes: Axes, data: pd.DataFrame, median: "pd.Series[float]") -> No
             run["epoch"], run["valid_error_percent"], color=BLUE, linewidth=0.7, alpha=0.6, zorder=2
         )
         if not done:
-            line.set(color=VERMILION, linewidth=0.9, linestyle=(0, (4, 2)))
+            line.set(color=VERMILION, linewidth=0.9, linestyle=(0, (4, 2)), alpha=0.9)
     axes.plot(median, color=BLUE, linewidth=1.9, zorder=3)
     for line in axes.lines:
         if len(np.asarray(line.get_xdata())) == 1:  # a line of one epoch would not show

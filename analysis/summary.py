@@ -63,6 +63,40 @@ def claims(tables: Tables) -> list[str]:
     return sentences
 
 
+def chosen(tables: Tables, most: int = 5) -> pd.DataFrame:
+    """Finished trials that validation would choose: the best, and all that no other beats in error and size.
+
+    Columns: name, valid_error and test_error in percent, params_m, and whether the trial is on the `front` of
+    validation error and parameters. The test error has no say in the choice: it is fair for the one trial
+    that is taken, and says nothing of the search that proposed it.
+    """
+    finals = (
+        tables.finals().dropna(subset=["valid_error", "params_m"]).sort_values(["valid_error", "params_m"])
+    )
+    smallest = finals["params_m"].cummin().shift(fill_value=np.inf)
+    table = pd.DataFrame(
+        {
+            "name": finals["name"],
+            "valid_error": 100 * finals["valid_error"],
+            "test_error": 100 * finals["test_error"],
+            "params_m": finals["params_m"],
+            "front": finals["params_m"] < smallest,
+        }
+    )
+    return table[table["front"] | (np.arange(len(table)) < most)].reset_index(drop=True)
+
+
+def render_chosen(table: pd.DataFrame) -> str:
+    """Text of `chosen` for a terminal, one line a trial; a star marks the front."""
+    lines = ["validation %  test %  params M  chosen by validation error; * no other is better and smaller"]
+    for row in rows(table):
+        star = "*" if row.front else " "
+        lines.append(
+            f"{row.valid_error:12.2f}  {row.test_error:6.2f}  {row.params_m:8.3f}  {star} {row.name}"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def render(summary: pd.DataFrame) -> str:
     """Text table of a summary for a terminal of 100 columns, with notes on what is missing below it."""
     header, *body = _cells(summary)

@@ -1,41 +1,47 @@
-"""The command line of every experiment: plan, refuse what is wrong, run on Ray, record, and say what was found."""
+"""The command line of every experiment: plan, refuse what is wrong, run, record, and say what was found."""
 
 import argparse
 import json
-import logging
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
+
+import torch
 
 from analysis import plots, records, summary
 from experiments.provenance import provenance
 from experiments.study import (
     SEEDS,
+    SHORT,
     Batch,
     DataShape,
+    Joint,
     Planned,
     Preset,
+    Resources,
+    SchedulerName,
     Settings,
     Study,
-    baseline,
     parse_changes,
     plan,
     resolve,
     settable,
+    stages_at,
     study_id,
 )
 from experiments.tracking import Tracker, default_uri, ui_command
 from nas.data import Arrays, Data, load
 from nas.draw import genotype_png, genotype_svg
 from nas.genotype import Genotype
+from nas.retrain import check_retrain
+from nas.trial import Trial
 
-SCHEDULERS = ("fifo", "asha", "hyperband", "median", "pbt")
 FINISHED = {"completed", "pruned", "diverged", "oom"}
 """Ends that `--resume` does not run again; a failed trial is tried once more."""
 
@@ -44,7 +50,7 @@ def parser(study: Study) -> argparse.ArgumentParser:
     """The options that all experiments share, and those of a joint search where the study is one."""
     options = argparse.ArgumentParser(
         description=study.question,
-        epilog=f"fields for --set:\n  {_columns(settable(study, Settings()))}\nshort names: K, edge_norm, M, order, arch_lr, lr, retrain_lr",
+        epilog="\n  ".join(["fields for --set:", *settable(study, Settings()), *_short_names()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
@@ -73,7 +79,7 @@ def parser(study: Study) -> argparse.ArgumentParser:
     )
     add(
         "--scheduler",
-        choices=SCHEDULERS,
+        choices=get_args(SchedulerName),
         default="fifo",
         help="early stopping; counts retraining epochs only (default: none)",
     )
@@ -125,85 +131,112 @@ def parser(study: Study) -> argparse.ArgumentParser:
     return options
 
 
-def _columns(names: Sequence[str]) -> str:
-    return "\n  ".join(names)
+def _short_names() -> list[str]:
+    return [f"{short} is short for {name}" for short, name in SHORT.items()]
 
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> None:
-    """Run `study` as the command line says; ends with exit code 2 and one sentence when the input is wrong."""
+    """Run `study` as the command line says; wrong input ends it with one sentence and exit code 2."""
     options = parser(study).parse_args(arguments)
     try:
-        run(study, options)
+        job = prepare(study, options)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    try:
+        run(job)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume and --out goes on from here", file=sys.stderr)
+        print(
+            f"\nstopped; the same command with --resume --out {job.folder} goes on from here", file=sys.stderr
+        )
         raise SystemExit(130) from None
 
 
-def run(study: Study, options: argparse.Namespace) -> Path:
-    """Run `study` from plan to claim; returns its folder."""
+@dataclass(frozen=True)
+class Job:
+    """A study that nothing is known to be wrong with, ready to run."""
+
+    study: Study
+    settings: Settings
+    options: argparse.Namespace
+    base: Trial
+    planned: Sequence[Planned]
+    joint_trials: int
+    arrays: Arrays
+    folder: Path
+    meta: Mapping[str, Any]
+
+    @property
+    def resources(self) -> Resources:
+        """What the study may use."""
+        o = self.options
+        return Resources(o.address, o.cpus_per_trial, o.gpus_per_trial, o.max_concurrent)
+
+
+def prepare(study: Study, options: argparse.Namespace) -> Job:
+    """Check everything that can be checked before Ray starts; writes nothing.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: what is wrong, in one sentence for the user.
+    """
     _check(options)
-    settings = Settings(
-        options.preset, options.data, options.seeds, options.batch, parse_changes(options.changes)
-    )
-    resolve(study.base, settings)  # refuses a wrong field or value before the data is read
-    arrays = load(resolve(study.base, settings).data)
-    shape = _check_data(arrays, study, settings)
-    planned = plan(study, settings, shape)
+    changes = parse_changes(options.changes)
+    settings = Settings(options.preset, options.data, options.seeds, options.batch, changes)
+    plan(study, replace(settings, batch="fixed"))  # refuses a wrong field or value before the data is read
+    base = resolve(study.base, settings)
+    _check_selection(study, options, base)
+    arrays = load(base.data)
+    planned = plan(study, settings, _check_data(arrays, base))
     identity = study_id(study, settings, planned)
     folder = _folder(study, options, identity)
-    meta = _describe(study, settings, options, planned, arrays, identity)
-    done = _finished(folder) if options.resume else set()
-    todo = [p for p in planned if p.trial.id not in done]
-    print(
-        f"{study.question}\n{len(planned)} trials in {folder}"
-        + (f", {len(done)} finished before" if done else "")
-    )
-
-    from experiments import tune  # Ray takes seconds to import, so wrong input is refused first
-
-    resources = tune.Resources(
-        options.address, options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_study(folder, meta)
-    uri = options.tracking_uri or default_uri(folder)
-    tracker = Tracker(uri, meta, folder)
-    tracker.open()
-    tune.connect(resources)
-    tune.check_resources(resources)
     joint_trials = _joint_trials(study, options)
-    recorder = Recorder(folder, tracker, Progress(todo, joint_trials))
-    data = {tune.data_key(p.trial): arrays for p in planned}
+    meta = _describe(study, settings, options, planned, arrays, identity)
+    return Job(study, settings, options, base, planned, joint_trials, arrays, folder, meta)
+
+
+def run(job: Job) -> None:
+    """Run a study from its first trial to its claims."""
+    from experiments import tune  # Ray takes seconds to import, so wrong input is refused before
+
+    options, folder = job.options, job.folder
+    done = _finished(folder) if options.resume else set()
+    todo = [p for p in job.planned if p.trial.id not in done]
+    remaining = job.joint_trials - (_finished_arm(folder, "searched") if options.resume else 0)
+    print(job.study.question)
+    print(f"{len(job.planned) + job.joint_trials} trials, {len(done)} finished before, in {folder}")
+    tune.connect(job.resources)
+    try:
+        tune.check_resources(job.resources)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_study(folder, job.meta)
+    uri = options.tracking_uri or default_uri(folder)
+    tracker = Tracker(uri, job.meta, folder)
+    tracker.open()
+    recorder = Recorder(folder, tracker, Progress(todo, max(0, remaining)))
+    place = tune.Place(job.resources, {tune.data_key(job.base): job.arrays}, recorder, folder)
     try:
         if todo:
             restore = tune.newest_checkpoints(folder, [p.trial.id for p in todo]) if options.resume else {}
-            grid_scheduler = "fifo" if study.joint else options.scheduler
-            tune.run_planned(
-                todo, data, resources, recorder, folder, scheduler_name=grid_scheduler, restore=restore
-            )
-        remaining = joint_trials - (_finished_arm(folder, "searched") if options.resume else 0)
+            tune.run_planned(todo, place, "fifo" if job.study.joint else options.scheduler, restore)
         if remaining > 0:
-            base = Planned("searched", "searched", {}, resolve(study.base, settings))
-            tune.run_joint(
-                base,
-                study.joint,
-                named={name: values for name, values in study.named.items()},
-                trials=remaining,
-                objectives=options.objectives,
-                arrays={tune.data_key(base.trial): arrays},
-                resources=resources,
-                recorder=recorder,
-                folder=folder,
-                scheduler_name=options.scheduler,
-            )
+            tune.run_joint(_joint(job), remaining, options.objectives, place, options.scheduler)
     finally:
         artifacts, text = conclude(folder)
         tracker.close(artifacts, text)
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
-    return folder
+
+
+def _joint(job: Job) -> Joint:
+    named = {
+        axis: {
+            name: {"search": stages_at(job.study, job.settings, stages)} for name, stages in values.items()
+        }
+        for axis, values in job.study.named.items()
+    }
+    return Joint(Planned("searched", "searched", {}, job.base), job.study.joint, named)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -217,7 +250,7 @@ def _check(options: argparse.Namespace) -> None:
         or (gpus > 1 and gpus != int(gpus))
     ):
         raise ValueError(
-            f"--gpus-per-trial {gpus:g} must be 0, a whole number, or one over a whole number such as 0.5 or 0.25"
+            f"--gpus-per-trial {gpus:g} must be 0, a whole number, or one over a whole number, e.g. 0.5"
         )
     if options.max_concurrent is not None and options.max_concurrent < 1:
         raise ValueError(f"--max-concurrent {options.max_concurrent} must be at least 1")
@@ -225,12 +258,31 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--trials {options.trials} must be at least 1")
 
 
-def _check_data(arrays: Arrays, study: Study, settings: Settings) -> DataShape:
-    """Shape of the images, once every part that the study reads is known to hold some."""
-    import torch
+def _check_selection(study: Study, options: argparse.Namespace, base: Trial) -> None:
+    """Refuse a scheduler that cannot decide, and a choice without validation data to base it on."""
+    name = options.scheduler
+    if name != "fifo" and base.retrain.epochs < 2:
+        raise ValueError(
+            f"--scheduler {name} compares retraining epochs, and {base.retrain.epochs} is too few; use fifo"
+        )
+    if study.joint and name == "pbt":
+        raise ValueError("--scheduler pbt chooses values itself; use fifo, asha or median in a joint search")
+    if study.joint and len(options.objectives) > 1 and name != "fifo":
+        raise ValueError(
+            f"--scheduler {name} needs one objective, not {' and '.join(options.objectives)}; use fifo"
+        )
+    chooser = "a joint search" if study.joint else f"--scheduler {options.scheduler}"
+    if (study.joint or options.scheduler != "fifo") and base.data.valid == 0:
+        raise ValueError(
+            f"{chooser} compares validation errors, but this recipe holds no image out; "
+            "add --set data.valid=0.1"
+        )
 
-    config = resolve(study.base, settings).data
-    data = Data(arrays, config, 0, torch.device("cpu"))
+
+def _check_data(arrays: Arrays, base: Trial) -> DataShape:
+    """Shape of the images, once they are known to fit the trial."""
+    data = Data(arrays, base.data, base.seeds.split, torch.device("cpu"))
+    check_retrain(base.retrain, data.image_size)
     return DataShape(data.channels, data.image_size, data.classes)
 
 
@@ -241,7 +293,7 @@ def _joint_trials(study: Study, options: argparse.Namespace) -> int:
     return int(options.trials if options.trials is not None else default)
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------------------
+# The folder
 
 
 def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
@@ -256,7 +308,7 @@ def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
         found = [path for path in found if records.read_study(path)["study_id"] == identity]
         if not found:
             raise FileNotFoundError(
-                f"--resume: no folder of this study (same options) in results/; name it with --out"
+                "--resume: no folder of this study (same options) in results/; name it with --out"
             )
         return found[-1]
     if options.out is None:
@@ -273,7 +325,8 @@ def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
     held = records.read_study(folder)
     if held["study_id"] != identity:
         raise FileExistsError(
-            f"--out {folder} holds another study ({held['name']}, started by: {held['command']}); choose another folder"
+            f"--out {folder} holds another study ({held['name']}, started by: {held['command']}); "
+            "choose another folder"
         )
     if not options.resume:
         raise FileExistsError(
@@ -335,13 +388,14 @@ def _describe(
         "reference": study.reference,
         "baseline": "random" if study.baseline else None,
         "arms": arms,
+        "joint": bool(study.joint),
         "scheduler": options.scheduler,
         "batch": settings.batch,
         "provenance": provenance(arrays.name, arrays.sha256, resolve(study.base, settings).to_dict()),
     }
 
 
-# --- while it runs --------------------------------------------------------------------------------------------------------------
+# While it runs
 
 
 class Progress:
@@ -370,7 +424,7 @@ class Progress:
             self.total -= max(
                 0, self.work.get(row["trial"], self.epochs[row["trial"]]) - self.epochs[row["trial"]]
             )
-            error = row["metrics"].get("test_error")
+            error = row["metrics"].get("valid_error")
             if error is not None and (self.best is None or error < self.best[0]):
                 self.best = (error, self.names.get(row["trial"], row["trial"]))
         if row["kind"] == "end" or time.monotonic() - self.said > 30:
@@ -382,7 +436,7 @@ class Progress:
         done, elapsed = sum(self.epochs.values()), time.monotonic() - self.started
         left = "?" if not done else _clock(elapsed * max(0, self.total - done) / done)
         best = (
-            f"best test error {100 * self.best[0]:.2f} % ({self.best[1]})"
+            f"best validation error {100 * self.best[0]:.2f} % ({self.best[1]})"
             if self.best
             else "no trial finished yet"
         )
@@ -410,11 +464,11 @@ class Recorder:
         self.progress.row(row)
 
 
-# --- at the end -----------------------------------------------------------------------------------------------------------------
+# At the end
 
 
 def conclude(folder: Path) -> tuple[list[Path], str]:
-    """Tables, figures, drawings and claims of what has been recorded; returns the files and the text as Markdown."""
+    """Tables, figures, drawings and claims of what was recorded; returns files and text (Markdown)."""
     if not _files(folder):
         print("no trial has been recorded")
         return [], ""
@@ -424,16 +478,20 @@ def conclude(folder: Path) -> tuple[list[Path], str]:
     claims = summary.claims(tables)
     figures = folder / "figures"
     written = list(tables_written.values())
-    for stem, figure, data in (
+    drawn = [
         ("error_by_arm", plots.error_by_arm(tables), plots.error_data(tables)),
         ("curves", plots.curves(tables), plots.curve_data(tables)),
-    ):
+        ("error_by_size", plots.error_by_size(tables), plots.size_data(tables)),
+    ]
+    for stem, figure, data in drawn:
         written += plots.save(figure, figures / stem, data).values()
     written += _draw_cells(folder, tables)
-    print(f"\n{summary.render(result)}\n")
+    print(f"\n{summary.render(result)}")
+    if tables.study.get("joint"):
+        print(summary.render_chosen(summary.chosen(tables)))
     print("\n".join(f"- {claim}" for claim in claims))
     print(f"\ntables   {folder / 'tables'}/{{trials,epochs,genotypes}}.parquet")
-    print(f"figures  {figures / 'error_by_arm.png'}, {figures / 'curves.png'}, {figures / 'cells'}/")
+    print(f"figures  {figures}/{{{','.join(stem for stem, *_ in drawn)}}}.png, {figures / 'cells'}/")
     text = f"{summary.to_markdown(result)}\n\n" + "\n".join(f"- {claim}" for claim in claims)
     (folder / "summary.md").write_text(f"# {tables.study['question']}\n\n{text}\n")
     return [*written, folder / "summary.md", folder / "study.json"], text

@@ -6,20 +6,21 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any, Literal
 
 import torch
 
 from nas.config import override, parse_value, paths
-from nas.data import DataConfig
 from nas.metrics import saved_activation_bytes
-from nas.papers import PAPERS, laptop, tiny
+from nas.papers import PAPERS, laptop, on_digits, tiny
 from nas.schedule import Constant, Cosine, Exponential, Linear, LinearTail
 from nas.search import SearchStage
+from nas.streams import seeded
 from nas.trial import Seeds, Trial
 
+SchedulerName = Literal["fifo", "asha", "hyperband", "median", "pbt"]
 Preset = Literal["tiny", "laptop", "paper"]
 Batch = Literal["fixed", "memory_matched"]
 PRESETS: dict[str, Callable[[Trial], Trial]] = {"tiny": tiny, "laptop": laptop, "paper": lambda trial: trial}
@@ -75,8 +76,8 @@ class Study:
     axes: tuple[Axis, ...] = ()
     joint: Mapping[str, Domain] = field(default_factory=dict)
     """Fields searched jointly by Optuna, by short or dotted name, instead of a grid of axes."""
-    named: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """For a joint search: what the values of a domain stand for where they are names, such as schedules of stages."""
+    named: Mapping[str, Mapping[str, tuple[SearchStage, ...]]] = field(default_factory=dict)
+    """For a joint search: the stages of search that values of a domain stand for, such as `5-11-17`."""
     reference: str | None = None
     """Arm that the others are compared with."""
     baseline: bool = True
@@ -102,6 +103,26 @@ class Settings:
     seeds: int | None = None
     batch: Batch = "fixed"
     changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a study runs on."""
+
+    address: str | None = None
+    """Ray cluster to join; None takes RAY_ADDRESS, else this machine."""
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float = 0.0
+    max_concurrent: int | None = None
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What a joint search starts from and chooses among."""
+
+    base: Planned
+    domains: Mapping[str, Domain]
+    named: Mapping[str, Mapping[str, Any]]
 
 
 def parse_changes(entries: Sequence[str]) -> dict[str, Any]:
@@ -130,47 +151,43 @@ def plan(study: Study, settings: Settings, shape: "DataShape | None" = None) -> 
     `shape` is needed when the batch follows memory.
 
     Raises:
-        ValueError: an unknown field, a value that some trial refuses, or a field that the study itself varies.
+        ValueError: an unknown field, a value that some trial refuses, or a field that the study varies.
     """
     seeds = SEEDS[settings.preset] if settings.seeds is None else settings.seeds
     if seeds < 1:
         raise ValueError(f"--seeds {seeds} must be at least 1; intervals need 2, claims 3 or more")
     _check_changes(study, settings.changes)
-    arms = [(*_arm(study, point), settings) for point in product(*(axis.values for axis in study.axes))]
+    for name, domain in study.joint.items():
+        for value in domain.values or (domain.low, domain.high):
+            stages = study.named.get(name, {}).get(value)
+            override(
+                resolve(study.base, settings),
+                {"search": stages} if stages else {SHORT.get(name, name): value},
+            )
     planned: list[Planned] = []
-    for name, labels, trial, _ in arms if study.axes else []:
+    for point in product(*(axis.values for axis in study.axes)) if study.axes else ():
+        name, labels, trial = _arm(study, point)
         trial = resolve(trial, settings)
         if settings.batch == "memory_matched":
             trial = _matched(trial, resolve(study.base, settings), shape)
         planned += _seeded(name, labels, trial, seeds)
     if study.baseline:
         planned += _seeded("random", {}, baseline(study, settings), seeds)
-    twice = {p.trial.id: p.name for p in planned}
-    if len(twice) != len(planned):
-        repeated = next(p.name for p in planned if twice[p.trial.id] != p.name)
-        raise ValueError(
-            f"{repeated} and {twice[next(p.trial.id for p in planned if p.name == repeated)]} are one trial"
-        )
+    names: dict[str, str] = {}
+    for p in planned:
+        if (first := names.setdefault(p.trial.id, p.name)) != p.name:
+            raise ValueError(f"{p.name} and {first} are one and the same trial; take one out of the study")
     return planned
 
 
 def resolve(trial: Trial, settings: Settings) -> Trial:
     """`trial` at the size of the preset, on the user's data, with the user's changes."""
     trial = PRESETS[settings.preset](trial)
-    trial = replace(trial, data=data_config(trial.data, settings))
-    changes = settings.changes
-    if not trial.search:
-        changes = {
-            name: value for name, value in changes.items() if not name.startswith(("search.", "method."))
-        }
-    return override(trial, changes)
-
-
-def data_config(config: DataConfig, settings: Settings) -> DataConfig:
-    """Data of the study: what `--data` names, else the paper's in the paper preset and the embedded digits below it."""
     if settings.data is not None:
-        return replace(config, source=settings.data)
-    return config if settings.preset == "paper" else replace(config, source="digits")
+        trial = replace(trial, data=replace(trial.data, source=settings.data))
+    if settings.preset != "paper" and settings.data in (None, "digits"):
+        trial = on_digits(trial)
+    return override(trial, settings.changes)
 
 
 def baseline(study: Study, settings: Settings) -> Trial:
@@ -180,7 +197,8 @@ def baseline(study: Study, settings: Settings) -> Trial:
 
 
 def _arm(study: Study, point: Sequence[str]) -> tuple[str, dict[str, Any], Trial]:
-    labels, changes = {}, {}
+    labels: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for one, name in zip(study.axes, point, strict=True):
         values = one.values[name]
         labels[one.name] = next(iter(values.values())) if len(values) == 1 and one.name in SHORT else name
@@ -202,6 +220,13 @@ def _seeded(arm: str, labels: Mapping[str, Any], trial: Trial, seeds: int) -> li
 
 
 def _check_changes(study: Study, changes: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(Trial)]
+    for name in changes:
+        if name.split(".")[0] not in known:
+            raise ValueError(
+                f"--set {name}: no such field; they begin with {', '.join(known)} (--help lists them), "
+                f"or are short names: {', '.join(SHORT)}"
+            )
     swept = {name: one.name for one in study.axes for values in one.values.values() for name in values}
     swept |= {SHORT.get(name, name): name for name in study.joint}
     for name in changes:
@@ -214,7 +239,7 @@ def _check_changes(study: Study, changes: Mapping[str, Any]) -> None:
             raise ValueError("--set data.source: use --data")
 
 
-# --- the batch of a sweep over K ------------------------------------------------------------------------------------------------
+# The batch of a sweep over K
 
 
 @dataclass(frozen=True)
@@ -226,12 +251,21 @@ class DataShape:
     classes: int
 
 
+def stages_at(study: Study, settings: Settings, stages: tuple[SearchStage, ...]) -> tuple[SearchStage, ...]:
+    """Search stages at the size of the preset, as `resolve` makes those of a trial."""
+    return resolve(replace(study.base, search=stages), replace(settings, changes={})).search
+
+
 def _matched(trial: Trial, base: Trial, shape: DataShape | None) -> Trial:
-    """`trial` with the batch at which its supernet takes the memory of the base's, and learning rates scaled alike.
+    """`trial` with the batch at which its supernet takes the base's memory, and learning rates to match.
 
     The paper raises the batch with K, so K and batch change together there; `--batch fixed` tells them apart.
     """
     assert shape is not None
+    if len(trial.search) != len(base.search):
+        raise ValueError(
+            "--batch memory_matched needs arms with the same stages; this study varies them, use fixed"
+        )
     stages = []
     for stage, other in zip(trial.search, base.search, strict=True):
         ratio = _bytes_per_image(base, other, shape) / _bytes_per_image(trial, stage, shape)
@@ -255,20 +289,21 @@ def _scaled(lr: Any, factor: float) -> Any:
 
 
 def _bytes_per_image(trial: Trial, stage: SearchStage, shape: DataShape) -> float:
-    supernet = trial.method.supernet.build(
-        trial.space,
-        trial.space.choices,
-        cells=stage.cells,
-        channels=stage.channels,
-        classes=shape.classes,
-        channels_in=shape.channels,
-        stem=stage.stem,
-    )
+    with seeded(0, "memory probe"):
+        supernet = trial.method.supernet.build(
+            trial.space,
+            trial.space.choices,
+            cells=stage.cells,
+            channels=stage.channels,
+            classes=shape.classes,
+            channels_in=shape.channels,
+            stem=stage.stem,
+        )
     images = torch.zeros(2, shape.channels, shape.image_size, shape.image_size)
     return saved_activation_bytes(supernet, images) / len(images)
 
 
-# --- identity -------------------------------------------------------------------------------------------------------------------
+# Identity
 
 
 def study_id(study: Study, settings: Settings, planned: Sequence[Planned]) -> str:
@@ -281,4 +316,5 @@ def study_id(study: Study, settings: Settings, planned: Sequence[Planned]) -> st
 
 def settable(study: Study, settings: Settings) -> list[str]:
     """Dotted names that `--set` takes for this study."""
-    return sorted(paths(resolve(study.base, replace(settings, changes={}))))
+    names = paths(resolve(study.base, replace(settings, changes={})))
+    return sorted(name for name in names if not name.endswith(".type"))

@@ -3,6 +3,7 @@
 What a trial does is in `nas.trial`; what is recorded leaves here as plain rows through a `Recorder`.
 """
 
+import logging
 import os
 import time
 import uuid
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 # Read by Ray when it is imported or started; a user's own setting wins.
 for _name, _value in {
@@ -24,9 +25,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import optuna
 import ray
 import torch
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import (
@@ -39,17 +42,16 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.optuna import OptunaSearch
 
-from experiments.study import SHORT, Domain, Planned
+from experiments.study import SHORT, Joint, Planned, Resources, SchedulerName
 from nas.config import override
 from nas.data import Arrays, Data
 from nas.trial import Row, Trial, TrialRun
 
-SchedulerName = Literal["fifo", "asha", "hyperband", "median", "pbt"]
 CHECKPOINT = "state.pt"
 CHECKPOINT_SECONDS = 60.0
-"""A trial is saved at the end of each stage, and at the first epoch that ends this long after the last save."""
+"""A trial is saved at each stage's end, and at the first epoch that ends this long after the last save."""
 METRIC, TIME = "retrain_valid_error", "retrain_epoch"
-"""What schedulers compare, and over what. Only retraining epochs report them, so no search is compared with a retraining."""
+"""What schedulers compare, and over what: only retraining reports them, so no search is compared with one."""
 
 
 class Recorder(Protocol):
@@ -60,13 +62,14 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What the study runs on."""
+class Place:
+    """Where trials run and where their rows go."""
 
-    address: str | None = None
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float = 0.0
-    max_concurrent: int | None = None
+    resources: Resources
+    arrays: Mapping[str, Arrays]
+    """Data sets by `data_key`."""
+    recorder: Recorder
+    folder: Path
 
 
 def connect(resources: Resources) -> None:
@@ -75,26 +78,26 @@ def connect(resources: Resources) -> None:
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this process connects
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def check_resources(resources: Resources) -> None:
     """Refuse a request that no node can ever meet on this machine, instead of waiting for it without end.
 
     Raises:
-        ValueError: more CPUs or GPUs per trial than there are; not checked on a cluster, which may still grow.
+        ValueError: more CPUs or GPUs per trial than there are; not checked on a cluster, which may grow.
     """
     if resources.address or os.environ.get("RAY_ADDRESS"):
         return
-    have = ray.cluster_resources()
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for name, asked in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial)):
         if asked > have.get(name, 0):
             flag = f"--{name.lower()}s-per-trial"
             raise ValueError(
-                f"{flag} {asked:g}: this machine has {have.get(name, 0):g}; lower it, or give a cluster's --address"
+                f"{flag} {asked:g}: this machine has {have.get(name, 0):g}; lower it, or give an --address"
             )
 
 
@@ -167,7 +170,7 @@ class TrialActor(tune.Trainable):
             torch.save(self.run.state_dict(), path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
 
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # Ray passes the path
         """Continue from what `save_checkpoint` wrote."""
         if self.run is not None:
             held = torch.load(Path(checkpoint_dir) / CHECKPOINT, weights_only=True, map_location=self.device)
@@ -216,16 +219,14 @@ def resolve(config: Mapping[str, Any]) -> Planned:
     axes = dict(base["axes"])
     for name in base["fields"]:
         value = config[name]
-        trial = override(
-            trial, {SHORT.get(name, name): base["named"][name][value] if name in base["named"] else value}
-        )
+        changes = base["named"][name][value] if name in base["named"] else {SHORT.get(name, name): value}
+        trial = override(trial, changes)
         axes[name] = value
-    return Planned(base["name"], base["arm"], axes, trial)
+    chosen = "".join(f" {name}={config[name]}" for name in base["fields"])
+    return Planned(base["name"] + chosen, base["arm"], axes, trial)
 
 
-def configuration(
-    planned: Planned, data_key: str, resources: Resources, restore: Path | None = None
-) -> dict[str, Any]:
+def configuration(planned: Planned, resources: Resources, restore: Path | None = None) -> dict[str, Any]:
     """Tune's configuration of one planned trial: plain data, no array in it."""
     return {
         "id": planned.trial.id,
@@ -235,7 +236,7 @@ def configuration(
         "trial": planned.trial.to_dict(),
         "fields": [],
         "named": {},
-        "data_key": data_key,
+        "data_key": data_key(planned.trial),
         "threads": max(1, int(resources.cpus_per_trial)),
         "gpus": resources.gpus_per_trial,
         "restore": str(restore) if restore else None,
@@ -248,17 +249,29 @@ class Forward(tune.Callback):
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
+        self.planned: dict[str, dict[str, Any]] = {}
+        """By Tune's id what was planned; PBT later puts another trial's configuration in its place."""
         self.last: dict[str, dict[str, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for a restore of its own, which this project does not use: records say what is done.
+        # Tune pickles its callbacks for a restore of its own; here records say what is done.
         return {}
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Remember what the trial was planned to be."""
+        self.planned.setdefault(trial.trial_id, trial.config["planned"])
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
         """Record what an epoch reported."""
+        planned = self.planned[trial.trial_id]
         for row in result["rows"]:
+            if planned["id"]:
+                row["trial"] = planned["id"]
+                if row["kind"] == "start":
+                    row |= {"name": planned["name"], "arm": planned["arm"]}
+                    row["axes"] |= planned["axes"]
             self.recorder.row(row)
             self.last[trial.trial_id] = row
 
@@ -312,19 +325,22 @@ class Forward(tune.Callback):
         return row
 
 
-def scheduler(name: SchedulerName, epochs: int, seed: int = 0) -> TrialScheduler:
-    """Scheduler that counts retraining epochs only, `epochs` at most.
+class RetrainHyperBand(HyperBandScheduler):
+    """HyperBand that lets results without a retraining epoch pass, as the other schedulers do by themselves."""
 
-    Raises:
-        ValueError: too few epochs for it to decide anything.
-    """
-    if name != "fifo" and epochs < 2:
-        raise ValueError(
-            f"--scheduler {name} compares trials between retraining epochs; {epochs} is too few, use fifo"
-        )
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Decide on a retraining epoch; a search goes on."""
+        if TIME not in result:
+            return TrialScheduler.CONTINUE
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return decision
+
+
+def scheduler(name: SchedulerName, epochs: int, seed: int = 0) -> TrialScheduler:
+    """Scheduler that counts retraining epochs only, `epochs` at most."""
     match name:
         case "fifo":
-            return FIFOScheduler()
+            return FIFOScheduler()  # type: ignore[no-untyped-call]
         case "asha":
             grace = max(1, epochs // 8)
             return ASHAScheduler(
@@ -336,7 +352,7 @@ def scheduler(name: SchedulerName, epochs: int, seed: int = 0) -> TrialScheduler
                 mode="min",
             )
         case "hyperband":
-            return HyperBandScheduler(time_attr=TIME, max_t=epochs, metric=METRIC, mode="min")
+            return RetrainHyperBand(time_attr=TIME, max_t=epochs, metric=METRIC, mode="min")
         case "median":
             grace = max(1, epochs // 4)
             return MedianStoppingRule(
@@ -361,28 +377,29 @@ PBT_FIELDS = {
 
 
 def run_planned(
-    planned: Sequence[Planned],
-    arrays: Mapping[str, Arrays],
-    resources: Resources,
-    recorder: Recorder,
-    folder: Path,
-    *,
-    scheduler_name: SchedulerName = "fifo",
-    restore: Mapping[str, Path] | None = None,
+    planned: Sequence[Planned], place: Place, scheduler_name: SchedulerName, restore: Mapping[str, Path]
 ) -> None:
     """Run planned trials to their ends; `restore` gives checkpoints by trial id to continue from."""
-    restore = restore or {}
-    configs = [configuration(p, data_key(p.trial), resources, restore.get(p.trial.id)) for p in planned]
-    space: dict[str, Any] = {"planned": tune.grid_search(configs)}
-    if scheduler_name == "pbt":
-        for config in configs:
-            config |= {"fields": list(PBT_FIELDS), "adopts": True}
-        space |= PBT_FIELDS
-    chosen = scheduler(scheduler_name, max(p.trial.retrain.epochs for p in planned))
-    config = tune.TuneConfig(
-        scheduler=chosen, reuse_actors=True, max_concurrent_trials=resources.max_concurrent
-    )
-    _fit(space, config, arrays, resources, recorder, folder, keep=None if scheduler_name == "pbt" else 2)
+    configs = [configuration(p, place.resources, restore.get(p.trial.id)) for p in planned]
+    epochs = max(p.trial.retrain.epochs for p in planned)
+    if scheduler_name != "pbt":
+        _fit({"planned": tune.grid_search(configs)}, _tuning(place, scheduler_name, epochs), place, keep=2)
+        return
+    # A member that copied one of another arm would belong to that arm: each arm is a population of its own.
+    for arm in dict.fromkeys(p.arm for p in planned):
+        population = [
+            config | {"fields": list(PBT_FIELDS), "adopts": True}
+            for config in configs
+            if config["arm"] == arm
+        ]
+        # PBT still needs checkpoints that a kept number of two would have deleted.
+        space = {"planned": tune.grid_search(population), **PBT_FIELDS}
+        _fit(space, _tuning(place, scheduler_name, epochs), place, keep=None)
+
+
+def _tuning(place: Place, scheduler_name: SchedulerName, epochs: int) -> tune.TuneConfig:
+    chosen = scheduler(scheduler_name, epochs)
+    return tune.TuneConfig(scheduler=chosen, max_concurrent_trials=place.resources.max_concurrent)
 
 
 def data_key(trial: Trial) -> str:
@@ -392,62 +409,41 @@ def data_key(trial: Trial) -> str:
 
 
 def run_joint(
-    base: Planned,
-    domains: Mapping[str, Domain],
-    named: Mapping[str, Mapping[str, Any]],
-    trials: int,
-    objectives: Sequence[str],
-    arrays: Mapping[str, Arrays],
-    resources: Resources,
-    recorder: Recorder,
-    folder: Path,
-    *,
-    scheduler_name: SchedulerName = "fifo",
+    joint: Joint, trials: int, objectives: Sequence[str], place: Place, scheduler_name: SchedulerName
 ) -> None:
-    """Let Optuna choose `trials` configurations from `domains`; objectives are `error` (validation) and `params`.
+    """Let Optuna choose `trials` configurations; objectives are `error` (of validation) and `params`.
 
-    `named` spells out the values of a domain whose values are names. Optuna's own storage is a journal in `folder`, so a study
-    that was stopped goes on with what it knew.
-
-    Raises:
-        ValueError: a scheduler with several objectives; it could not tell which trial is worse.
+    Optuna keeps a journal in the study's folder, so a study that was stopped goes on with what it knew.
     """
-    if len(objectives) > 1 and scheduler_name != "fifo":
-        raise ValueError(
-            f"--scheduler {scheduler_name} needs one objective, not {', '.join(objectives)}; use fifo"
-        )
-    if scheduler_name == "pbt":
-        raise ValueError(
-            "--scheduler pbt chooses values itself, so it cannot go with a joint search; use fifo, asha or median"
-        )
-    config = configuration(base, data_key(base.trial), resources)
-    config |= {"id": None, "fields": list(domains), "named": {k: dict(v) for k, v in named.items()}}
+    config = configuration(joint.base, place.resources)
+    config |= {
+        "id": None,
+        "fields": list(joint.domains),
+        "named": {name: dict(values) for name, values in joint.named.items()},
+    }
     space: dict[str, Any] = {"planned": config}
-    for name, domain in domains.items():
+    for name, domain in joint.domains.items():
         space[name] = (
             tune.choice(list(domain.values)) if domain.values else tune.loguniform(domain.low, domain.high)
         )
     metrics = [OBJECTIVES[name] for name in objectives]
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(folder / "optuna.log"))
-    )
+    several = len(metrics) > 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", ExperimentalWarning)
         search = OptunaSearch(
-            metric=metrics if len(metrics) > 1 else metrics[0],
-            mode=["min"] * len(metrics) if len(metrics) > 1 else "min",
-            storage=storage,
+            metric=metrics if several else metrics[0],
+            mode=["min"] * len(metrics) if several else "min",
+            storage=JournalStorage(JournalFileBackend(str(place.folder / "optuna.log"))),
             study_name="joint",
-            seed=base.trial.seeds.search,
+            seed=joint.base.trial.seeds.search,
         )
     tuning = tune.TuneConfig(
         search_alg=search,
         num_samples=trials,
-        reuse_actors=True,
-        max_concurrent_trials=resources.max_concurrent or slots(resources),
-        scheduler=None if len(metrics) > 1 else scheduler(scheduler_name, base.trial.retrain.epochs),
+        max_concurrent_trials=place.resources.max_concurrent or slots(place.resources),
+        scheduler=None if several else scheduler(scheduler_name, joint.base.trial.retrain.epochs),
     )
-    _fit(space, tuning, arrays, resources, recorder, folder, keep=2)
+    _fit(space, tuning, place, keep=2)
 
 
 OBJECTIVES = {"error": METRIC, "params": "params_m"}
@@ -456,38 +452,29 @@ OBJECTIVES = {"error": METRIC, "params": "params_m"}
 
 def slots(resources: Resources) -> int:
     """How many trials run at once on the machines there are now."""
-    have = ray.cluster_resources()
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     by_cpu = have.get("CPU", 1) / resources.cpus_per_trial if resources.cpus_per_trial else float("inf")
     by_gpu = have.get("GPU", 0) / resources.gpus_per_trial if resources.gpus_per_trial else float("inf")
     return max(1, int(min(by_cpu, by_gpu, resources.max_concurrent or float("inf"))))
 
 
-def _fit(
-    space: dict[str, Any],
-    config: tune.TuneConfig,
-    arrays: Mapping[str, Arrays],
-    resources: Resources,
-    recorder: Recorder,
-    folder: Path,
-    *,
-    keep: int | None,
-) -> None:
-    config.trial_name_creator = _trial_name
-    config.trial_dirname_creator = _trial_folder
-    bundle = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
+def _fit(space: dict[str, Any], tuning: tune.TuneConfig, place: Place, *, keep: int | None) -> None:
+    tuning.reuse_actors = True
+    tuning.trial_name_creator = tuning.trial_dirname_creator = _trial_name
+    bundle = {"CPU": place.resources.cpus_per_trial, "GPU": place.resources.gpus_per_trial}
     actor = tune.with_resources(
-        tune.with_parameters(TrialActor, arrays=dict(arrays)),
+        tune.with_parameters(TrialActor, arrays=dict(place.arrays)),
         tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}]),
     )
     tuner = tune.Tuner(
         actor,
         param_space=space,
-        tune_config=config,
+        tune_config=tuning,
         run_config=tune.RunConfig(
             name=f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
-            storage_path=str(folder.resolve() / "tune"),
+            storage_path=str(place.folder.resolve() / "tune"),
             verbose=0,
-            callbacks=[Forward(recorder)],
+            callbacks=[Forward(place.recorder)],
             failure_config=tune.FailureConfig(max_failures=3),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=keep),
         ),
@@ -498,10 +485,6 @@ def _fit(
 def _trial_name(trial: TuneTrial) -> str:
     base = trial.config["planned"]
     return base["id"] or f"{base['arm']}-{trial.trial_id}"
-
-
-def _trial_folder(trial: TuneTrial) -> str:
-    return _trial_name(trial)
 
 
 def newest_checkpoints(folder: Path, trial_ids: Sequence[str]) -> dict[str, Path]:

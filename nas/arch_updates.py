@@ -1,5 +1,6 @@
 """Architecture updates: how architecture parameters learn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +17,10 @@ from nas.state import Batch, SearchState, frozen, swapped
 class Bilevel:
     """Gradient steps on the loss of held-out data, alternating with those of the weights.
 
-    Order 1 treats the weights as constant. Order 2 looks one weight step of length `xi` ahead; its Hessian-vector product is either
-    the finite difference of the paper, whose step is far too long to be the derivative on networks with ReLU and max-pool, or the
-    exact one: two different methods, both of them offered.
+    Order 1 treats the weights as constant. Order 2 looks one weight step of length `xi` ahead; its
+    Hessian-vector product is either the finite difference of the paper, whose step is far too long to
+    be the derivative on networks with ReLU and max-pool, or the exact one: two different methods,
+    both of them offered.
 
     Source: Liu et al., "DARTS: Differentiable Architecture Search", arXiv:1806.09055, and its public code.
     """
@@ -47,6 +49,10 @@ class Bilevel:
             raise ValueError(f"xi={self.xi} must be at least 0, or None for the learning rate of the weights")
         if self.order not in (1, 2):
             raise ValueError(f"order={self.order} must be 1 or 2")
+        if self.hessian not in ("finite_difference", "exact"):
+            raise ValueError(f"hessian={self.hessian!r} is not one of finite_difference, exact")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip={self.clip} must be above 0, or None not to clip")
 
     def optimizer(self, arch: Arch) -> torch.optim.Optimizer:
         """Adam over the architecture parameters."""
@@ -55,7 +61,7 @@ class Bilevel:
         )
 
     def step(self, state: SearchState, weight_batch: Batch, arch_batch: Batch) -> Tensor:
-        """Update the architecture parameters on `arch_batch`; returns its loss before the update, on the device.
+        """Update the architecture parameters on `arch_batch`; returns the loss before that, on the device.
 
         `weight_batch` is the batch of the weight step of the same iteration, which order 2 looks ahead with.
         """
@@ -74,7 +80,8 @@ class Bilevel:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on `arch_batch` and the gradient with respect to the weights of every gate.
 
-        All passes of an iteration share one draw of the gates, and the chain rule through the sampler is applied once, to the sum.
+        All passes of an iteration share one draw of the gates, and the chain rule through the sampler is
+        applied once, to the sum.
         """
         weights = list(state.supernet.parameters())
         if self.order == 1 or self.xi == 0:
@@ -94,11 +101,14 @@ class Bilevel:
         exact = self.hessian == "exact"
         inner = leaves(gates) if exact else detached(gates)
         train_loss = _loss(state, inner, weight_batch)
-        slope = torch.autograd.grad(train_loss, weights, create_graph=exact)
+        slope = torch.autograd.grad(
+            train_loss, weights, create_graph=exact, allow_unused=True, materialize_grads=True
+        )
         with torch.no_grad():
             ahead = _sgd_step(state.weight_optimizer, weights, [g.detach() for g in slope], xi)
 
-        # The look-ahead weights are a copy in the paper's code: what they do to the running statistics is thrown away.
+        # The look-ahead weights are a copy in the paper's code: what they do to the running statistics is
+        # thrown away.
         outer = leaves(gates)
         with swapped(weights, ahead), state.supernet.without_statistics():
             loss = _loss(state, outer, arch_batch)
@@ -107,6 +117,7 @@ class Bilevel:
             )
         direct, vector = found[: len(outer)], found[len(outer) :]
 
+        implicit: Sequence[Tensor]
         if exact:
             product = sum((g * v).sum() for g, v in zip(slope, vector, strict=True))
             assert isinstance(product, Tensor)
@@ -126,7 +137,11 @@ class Bilevel:
         batch: Batch,
         vector: tuple[Tensor, ...],
     ) -> list[Tensor]:
-        """Product of the mixed second derivative of the training loss with `vector`, by central differences of the gate gradient."""
+        """Mixed second derivative of the training loss times `vector`, by central differences.
+
+        Differences are taken of the gradient in the gates, with the weights moved along
+        `vector` to either side.
+        """
         norm = torch.stack(torch._foreach_norm(vector)).norm()
         distance = self.epsilon / norm
         sides = []
@@ -157,7 +172,7 @@ def _gate_gradients(state: SearchState, gates: Gates, batch: Batch) -> tuple[Ten
 def _sgd_step(
     optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], slope: list[Tensor], xi: float
 ) -> list[Tensor]:
-    """Weights after one SGD step of length `xi` with the optimiser's momentum and decay; nothing is changed in place."""
+    """Weights after one SGD step of length `xi` with the optimiser's momentum and decay, as new tensors."""
     group = optimizer.param_groups[0]
     ahead = []
     for weight, gradient in zip(weights, slope, strict=True):

@@ -1,14 +1,14 @@
 """Frozen dataclasses to plain data and back, and dotted overrides: what records, sweeps and `--set` use.
 
-A value has one home, the field of a dataclass. Where a field admits several dataclasses (a schedule, a sampler), the plain form
-carries the class's name under "type".
+A value has one home, the field of a dataclass. Where a field admits several dataclasses (a schedule, a
+sampler), the plain form carries the class's name under "type".
 """
 
 import ast
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -32,9 +32,22 @@ def to_dict(value: Any, hint: Any = None) -> Any:
         several = sum(is_dataclass(member) for member in _members(hint)) > 1
         return {"type": type(value).__name__, **plain} if several else plain
     if isinstance(value, tuple):
-        item = get_args(hint)[0] if get_args(hint) else None
-        return [to_dict(entry, item) for entry in value]
+        items = _items(hint, len(value))
+        return [to_dict(entry, item) for entry, item in zip(value, items, strict=True)]
+    if type(value) is int and float in _members(hint) and int not in _members(hint):
+        return float(value)  # 1 and 1.0 are one trial, which has one text
     return value
+
+
+def _items(hint: Any, count: int) -> tuple[Any, ...]:
+    """Types of the `count` entries of a tuple of type `hint`; None where it does not say."""
+    for member in _members(hint):
+        items = get_args(member) if get_origin(member) is tuple else ()
+        if len(items) == 2 and items[1] is Ellipsis:
+            return items[:1] * count
+        if len(items) == count:
+            return items
+    return (None,) * count
 
 
 def from_dict(hint: Any, plain: Any, path: str = "") -> Any:
@@ -64,7 +77,9 @@ def from_dict(hint: Any, plain: Any, path: str = "") -> Any:
     for member in members:
         if get_origin(member) is tuple and isinstance(plain, list | tuple):
             return from_dict(member, plain, path)
-        if get_origin(member) is Literal and plain in get_args(member):
+        if get_origin(member) is Literal and any(
+            plain == value and type(plain) is type(value) for value in get_args(member)
+        ):
             return plain
         if member is float and isinstance(plain, int | float) and not isinstance(plain, bool):
             return float(plain)
@@ -83,7 +98,8 @@ def _describe(member: Any) -> str:
 def _dataclass_from(classes: list[Any], plain: Any, path: str) -> Any:
     if not isinstance(plain, Mapping):
         raise ValueError(
-            f"{path}={plain!r} must be a mapping with the fields of {' or '.join(c.__name__ for c in classes)}"
+            f"{path}={plain!r} must be a mapping with the fields of "
+            f"{' or '.join(c.__name__ for c in classes)}"
         )
     plain = dict(plain)
     cls = classes[0]
@@ -99,6 +115,9 @@ def _dataclass_from(classes: list[Any], plain: Any, path: str) -> Any:
         raise ValueError(
             f"{path or cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}"
         )
+    for f in fields(cls):
+        if f.name not in plain and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{path or cls.__name__} lacks the field {f.name!r} of {cls.__name__}; give it")
     return cls(
         **{
             name: from_dict(hints[name], entry, f"{path}.{name}" if path else name)
@@ -108,9 +127,11 @@ def _dataclass_from(classes: list[Any], plain: Any, path: str) -> Any:
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with dotted fields replaced, e.g. `{"method.sampler.tau.start": 5.0, "search.0.epochs": 3, "search.*.batch_size": 64}`.
+    """`config` with dotted fields replaced.
 
-    A value is taken as it is when it has the field's type, and read as plain data otherwise; `*` stands for every stage of a tuple.
+    E.g. `{"method.sampler.tau.start": 5.0, "search.0.epochs": 3, "search.*.batch_size": 64}`.
+
+    A value is one of the field's type, or the plain data of one; `*` stands for every stage of a tuple.
 
     Raises:
         ValueError: no such field (the valid ones are listed), or a value that the field refuses.
@@ -122,7 +143,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def _override(node: Any, keys: list[str], value: Any, path: str, hint: Any) -> Any:
     if not keys:
-        return value if is_dataclass(value) or _holds_dataclasses(value) else from_dict(hint, value, path)
+        return from_dict(hint, to_dict(value, hint), path)
     key, rest = keys[0], keys[1:]
     if isinstance(node, tuple):
         valid = ["*", *map(str, range(len(node)))]
@@ -139,10 +160,6 @@ def _override(node: Any, keys: list[str], value: Any, path: str, hint: Any) -> A
     if key not in known:
         raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}; it has {', '.join(known)}")
     return replace(node, **{key: _override(getattr(node, key), rest, value, path, _hints(type(node))[key])})
-
-
-def _holds_dataclasses(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(is_dataclass(entry) for entry in value)
 
 
 def paths(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -32,8 +32,9 @@ class _Count:
         self.params += 2 * channels
 
 
-def _op(count: _Count, op: str, channels: int, stride: int, side: int) -> None:
-    """Add operation `op` at width `channels` that leaves a map of `side`."""
+def _op(count: _Count, op: str, channels: int, stride: int, side_in: int) -> None:
+    """Add operation `op` at width `channels` on a map of `side_in`."""
+    side = math.ceil(side_in / stride)
     c = channels
     kernel = int(op[-1]) if op[-1].isdigit() else 0
     if op.startswith("sep_conv"):
@@ -49,10 +50,10 @@ def _op(count: _Count, op: str, channels: int, stride: int, side: int) -> None:
         count.conv(c * c, side)
         count.norm(c)
     elif op == "conv_7x1_1x7":
-        _rect(count, 7 * c * c, c, stride, side)
+        _rect(count, 7 * c * c, side_in, side)
         count.norm(c)
     elif op == "conv_1x3_3x1":
-        _rect(count, 3 * c * c // 8, c, stride, side)
+        _rect(count, 3 * c * c // 8, side_in, side)
         count.norm(c)
         count.conv(c * c, side)
         count.norm(c)
@@ -60,10 +61,10 @@ def _op(count: _Count, op: str, channels: int, stride: int, side: int) -> None:
         count.norm(c)
 
 
-def _rect(count: _Count, weights: int, channels: int, stride: int, side: int) -> None:
+def _rect(count: _Count, weights: int, side_in: int, side: int) -> None:
     """A 1xk convolution that strides along the width only, then a kx1 one along the height."""
     count.params += 2 * weights
-    count.madds += weights * side * (side * stride) + weights * side * side
+    count.madds += weights * side * side_in + weights * side * side
 
 
 def network_cost(
@@ -81,16 +82,15 @@ def network_cost(
     count = _Count()
     side = image_size
     width = channels * (stem_multiplier or (3 if stem == "cifar" else 1))
-    before_side = side
     if stem == "cifar":
         count.conv(9 * channels_in * width, side)
         count.norm(width)
     else:
         for c_in, c_out in ((channels_in, width // 2), (width // 2, width), (width, width)):
-            before_side, side = side, math.ceil(side / 2)
+            side = math.ceil(side / 2)
             count.conv(9 * c_in * c_out, side)
             count.norm(c_out)
-    before, last, after_reduction = width, width, stem == "imagenet"
+    before, last = width, width
     for position in range(cells):
         reduction = position in reduction_cells(cells)
         channels = channels * 2 if reduction else channels
@@ -102,8 +102,9 @@ def network_cost(
         cell = genotype.reduce if reduction else genotype.normal
         for inputs in cell.nodes:
             for op, source in inputs:
-                _op(count, op, channels, 2 if reduction and source < 2 else 1, out_side)
-        before, last, side, after_reduction = last, len(cell.concat) * channels, out_side, reduction
+                stride = 2 if reduction and source < 2 else 1
+                _op(count, op, channels, stride, side if source < 2 else out_side)
+        before, last, side = last, len(cell.concat) * channels, out_side
     count.conv(last * classes, 1)
     count.params += classes
     return NetworkCost(count.params, count.madds)

@@ -39,6 +39,9 @@ class DataConfig:
     elsewhere. The choice belongs to the data set, not to the seed."""
     weights_share: float = 0.5
     """Fraction of what `valid` leaves that trains network weights; the rest trains the architecture."""
+    search_share: float = 1.0
+    """Fraction of what `valid` leaves that the search sees at all, `weights_share` being a share of it;
+    retraining uses everything. PC-DARTS searches ImageNet on an eighth."""
     shuffle: bool = True
     """Split at random, stratified by class; else in stored order (weights, arch, valid), as DARTS does."""
     limit: int | None = None
@@ -65,6 +68,10 @@ class DataConfig:
             raise ValueError(
                 f"weights_share={self.weights_share} must be in (0, 1]; use 1 for methods that learn no "
                 "architecture parameters"
+            )
+        if not 0 < self.search_share <= 1:
+            raise ValueError(
+                f"search_share={self.search_share} must be in (0, 1]; use 1 to search on all images"
             )
         for name in ("limit", "test_limit", "image_size"):
             value = getattr(self, name)
@@ -279,17 +286,19 @@ def stratified(labels: Integers, count: int, stream: torch.Generator) -> Integer
 def _split(arrays: Arrays, config: DataConfig, seed: int) -> dict[Part, Tensor]:
     labels = arrays.train_labels
     valid_size = round(config.valid * len(labels))
-    weights_size = round(config.weights_share * (len(labels) - valid_size))
+    search_size = round(config.search_share * (len(labels) - valid_size))
+    weights_size = round(config.weights_share * search_size)
     order = np.arange(len(labels))
     if config.shuffle:
         stream = generator(seed, "split")
         valid = stratified(labels, valid_size, stream)
         train = np.delete(order, valid)
-        chosen = stratified(labels[train], weights_size, stream)
-        weights, arch = train[chosen], np.delete(train, chosen)
+        seen = train if search_size == len(train) else train[stratified(labels[train], search_size, stream)]
+        chosen = stratified(labels[seen], weights_size, stream)
+        weights, arch = seen[chosen], np.delete(seen, chosen)
     else:
-        weights, arch, valid = np.split(order, [weights_size, len(labels) - valid_size])
-        train = np.concatenate([weights, arch])
+        train, valid = np.split(order, [len(labels) - valid_size])
+        weights, arch, _ = np.split(train, [weights_size, search_size])
     wanted = {"weights": True, "arch": config.weights_share < 1, "valid": config.valid > 0}
     parts: dict[Part, Integers] = {"weights": weights, "arch": arch, "train": train, "valid": valid}
     if any(wanted.get(part) and len(indices) == 0 for part, indices in parts.items()):

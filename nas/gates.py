@@ -1,4 +1,7 @@
-"""Gates: how strongly each option acts, and which options run at all. Samplers make them, supernets receive them."""
+"""Gates: how strongly each option acts, and which options run at all.
+
+Samplers make them, supernets receive them.
+"""
 
 from dataclasses import dataclass
 
@@ -12,8 +15,8 @@ from nas.spaces.space import Choices, Picks
 class Gate:
     """The gate of one table of choices.
 
-    `weights` has shape (rows, options); only the options listed in `active`, row by row, are computed, whatever the weight of
-    the others. `active` is known to the host, so no device value decides what runs.
+    `weights` has shape (rows, options); only the options listed in `active`, row by row, are computed,
+    whatever the weight of the others. `active` is known to the host, so no device value decides what runs.
     """
 
     weights: Tensor
@@ -21,7 +24,10 @@ class Gate:
 
 
 Gates = dict[str, Gate]
-"""Gates by name of their `Choices`. A table without a gate is not relaxed: its options all act with weight 1."""
+"""Gates by name of their `Choices`.
+
+A table without a gate is not relaxed: its options all act with weight 1.
+"""
 
 
 def leaves(gates: Gates) -> Gates:

@@ -25,7 +25,8 @@ class Method:
             and not self.supernet.edge_norm
         ):
             raise ValueError(
-                "edges_by='beta' needs edge normalisation; set method.supernet.edge_norm=True or edges_by='alpha'"
+                "edges_by='beta' needs edge normalisation; "
+                "set method.supernet.edge_norm=True or edges_by='alpha'"
             )
 
 

@@ -19,6 +19,7 @@ from nas.genotype import Genotype
 from nas.samplers import Arch
 from nas.spaces.cell import CELL_TYPES
 from nas.state import Batch, SearchState
+from nas.streams import generator
 from nas.supernets.cell import CellSupernet
 
 
@@ -61,7 +62,12 @@ def alpha_margin(state: SearchState, genotype: Genotype) -> float | None:
     for name, p in state.arch.probabilities().items():
         if name.endswith("/op") and p.shape[1] > 1:
             best, second = p.topk(2, dim=-1).values.unbind(dim=-1)
-            gaps.append(float((best - second).mean()))
+            allowed = state.arch.choices[name].allowed
+            gaps += [
+                gap
+                for gap, options in zip((best - second).tolist(), allowed, strict=True)
+                if len(options) > 1
+            ]
     return sum(gaps) / len(gaps) if gaps else None
 
 
@@ -138,13 +144,17 @@ class Average:
 
 
 def supernet_quality(state: SearchState, gates: Gates, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Loss and error of the supernet under `gates`, with batch statistics in batch norm, leaving the running ones alone.
+    """Loss and error of the supernet under `gates`, with the batch's statistics in batch norm.
 
-    Running averages mix the statistics of many architectures, so those of the batch are the fair ones for a supernet.
+    Running averages mix the statistics of many architectures, so those of the batch are the fair ones for a
+    supernet; the running ones are left alone.
     """
     average = Average()
     gates = detached(gates)
-    noise, state.supernet.noise = state.supernet.noise, type(state.supernet.noise)()
+    # Nothing is dropped, but a random mask or the operation `noise` still draws.
+    noise, seed = state.supernet.noise, state.draws.initial_seed()
+    draws = generator(seed, "noise", device=state.supernet.head.weight.device)
+    state.supernet.noise = type(noise)(draws)
     with torch.no_grad(), state.supernet.without_statistics():
         for images, labels in batches:
             logits = state.supernet(images, gates)
@@ -183,9 +193,10 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def saved_activation_bytes(supernet: CellSupernet, images: Tensor) -> int:
-    """Bytes that one training-mode forward with soft gates keeps for the backward pass of the weights; exact, on any machine.
+    """Bytes that one training-mode forward with soft gates keeps for the backward pass of the weights.
 
-    A storage that several operations keep counts once; weights are not activations and do not count.
+    Exact, on any machine. A storage that several operations keep counts once; weights are not
+    activations and do not count.
     """
     gates = {
         name: Gate(torch.full((len(table.rows), len(table.options)), 1 / len(table.options)), table.allowed)

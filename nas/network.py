@@ -1,9 +1,9 @@
 """Network: the standalone model of a genotype, for retraining.
 
-Source: the evaluation networks of DARTS (arXiv:1806.09055), PC-DARTS (arXiv:1907.05737) and P-DARTS (arXiv:1904.12760).
+Source: the evaluation networks of DARTS (arXiv:1806.09055), PC-DARTS (arXiv:1907.05737) and P-DARTS
+(arXiv:1904.12760).
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -43,8 +43,8 @@ def imagenet_stems(channels_in: int, width: int) -> tuple[nn.Sequential, nn.Sequ
 def auxiliary_head(channels: int, classes: int, stem: Stem, *, second_norm: bool) -> nn.Sequential:
     """Classifier on the output of the second reduction cell, for training only.
 
-    The pool leaves 2x2 of the 8x8 (CIFAR) or 7x7 (ImageNet) map. `second_norm=False` leaves out the batch norm after the second
-    convolution, as the ImageNet code of DARTS and PC-DARTS does.
+    The pool leaves 2x2 of the 8x8 (CIFAR) or 7x7 (ImageNet) map. `second_norm=False` leaves out the batch
+    norm after the second convolution, as the ImageNet code of DARTS and PC-DARTS does.
     """
     head = nn.Sequential()
     head.add_module("relu", nn.ReLU())
@@ -112,10 +112,11 @@ class NetworkCell(nn.Module):
 class Network(nn.Module):
     """The network of `genotype`: stem, `cells` cells of which two reduce, pooling, linear head.
 
-    `affine=False, pool_norm=True` builds the operations as a supernet has them, so that the two can share weights.
+    `affine=False, pool_norm=True` builds the operations as a supernet has them, so that the two can share
+    weights. An auxiliary head that does not fit the map of the second reduction cell fails in `forward`.
 
     Raises:
-        ValueError: the auxiliary head does not fit the map of the second reduction cell.
+        ValueError: `cells` is less than 1.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Network(nn.Module):
         else:
             self.stem0, self.stem1 = imagenet_stems(channels_in, width)
         self.drop_path = 0.0
-        """Probability that an operation's output is dropped for a sample in training; set before each epoch."""
+        """Probability of dropping an operation's output for a sample in training; set before each epoch."""
         self.generator: torch.Generator | None = None
         """Stream of the drop-path draws."""
         before, last, after_reduction = width, width, stem == "imagenet"
@@ -192,8 +193,3 @@ def retrain_loss(
     if auxiliary is not None:
         loss = loss + auxiliary_weight * F.cross_entropy(auxiliary, labels, label_smoothing=smoothing)
     return loss
-
-
-def parameter_count(modules: Sequence[nn.Module]) -> int:
-    """Number of weights in `modules`."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -1,7 +1,8 @@
 """Candidate operations by name, as modules on (B, C, H, W): what a derived network is built of.
 
-Compositions are those of DARTS (arXiv:1806.09055) and its public code; ReLU first and never in place, since several operations read
-the same tensor. A supernet batches the same operations over edges (`nas.supernets.cell`); the two are tested equal.
+Compositions are those of DARTS (arXiv:1806.09055) and its public code; ReLU first and never in place, since
+several operations read the same tensor. A supernet batches the same operations over edges
+(`nas.supernets.cell`); the two are tested equal.
 """
 
 import torch
@@ -78,7 +79,11 @@ class DilConv(nn.Sequential):
 
 
 class RectConv(nn.Sequential):
-    """A 1xk then a kx1 convolution: AmoebaNet's 7x1, full, and (`then_pointwise`) the one of the fixed reduction cell of GDAS."""
+    """A 1xk then a kx1 convolution.
+
+    AmoebaNet's 7x1 has full convolutions; the one of the fixed reduction cell of GDAS is grouped (`groups`)
+    and has a pointwise convolution after it (`then_pointwise`).
+    """
 
     def __init__(
         self, channels: int, kernel: int, stride: int, *, groups: int, then_pointwise: bool, affine: bool
@@ -112,7 +117,10 @@ class Zero(nn.Module):
 
 
 class Noise(nn.Module):
-    """Standard normal noise that ignores its input (space S4 of RobustDARTS); drawn from `generator` when one is set."""
+    """Standard normal noise that ignores its input (space S4 of RobustDARTS).
+
+    Drawn from `generator` when one is set.
+    """
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -144,7 +152,8 @@ def build_op(
 ) -> nn.Module:
     """Module of operation `name`, (B, C, H, W) -> (B, C, ceil(H/stride), ceil(W/stride)).
 
-    `affine=False, pool_norm=True` gives the form operations have inside a supernet, the defaults the one for retraining.
+    `affine=False, pool_norm=True` gives the form operations have inside a supernet, the defaults
+    the one for retraining.
 
     Raises:
         ValueError: no such operation.

@@ -1,21 +1,22 @@
 """Papers: each published trial whole, and smaller versions of any trial.
 
-`PAPERS` are the recipes as published, unabridged. `laptop` and `tiny` shrink a trial to minutes and to seconds; both keep its method.
+`PAPERS` are the recipes as published, unabridged. `laptop` and `tiny` shrink a trial to minutes and to
+seconds; both keep its method.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nas.data import Augment, DataConfig
 from nas.methods import METHODS
 from nas.retrain import RetrainStage
-from nas.schedule import Constant, Cosine, Exponential, LinearTail, Ramp, Schedule, SkipDropout
+from nas.schedule import Constant, Cosine, Exponential, LinearTail, Ramp, SkipDropout
 from nas.search import SearchStage
 from nas.spaces.cell import CellSpace
 from nas.trial import Trial
 
 _CIFAR10 = DataConfig(source="cifar10", valid=0.0, shuffle=False)
 _CIFAR100 = replace(_CIFAR10, source="cifar100")
-_IMAGENET = DataConfig(source="imagenet", valid=0.0, weights_share=0.8, image_size=224)
+_IMAGENET = DataConfig(source="imagenet", valid=0.0, search_share=0.125, weights_share=0.8, image_size=224)
 _IMAGENET_CROP = Augment(flip=True, resized_crop=True)
 
 _DARTS_RETRAIN = RetrainStage()
@@ -39,6 +40,7 @@ RECIPES = {
     "darts_cifar": _DARTS_RETRAIN,
     "pc_darts_cifar": _PC_DARTS_RETRAIN,
     "p_darts_cifar": _P_DARTS_RETRAIN,
+    "gdas_cifar": RetrainStage(epochs=300, lr=Cosine(0.025, warmup=5), nesterov=True, weight_decay=5e-4),
     "pc_darts_imagenet": _IMAGENET_RETRAIN,
     "p_darts_imagenet": replace(
         _IMAGENET_RETRAIN, lr=LinearTail(0.5, warmup=5, warmup_of="current"), auxiliary_norm=True
@@ -51,14 +53,13 @@ _DARTS_STAGE = SearchStage()
 _PC_DARTS_STAGE = SearchStage(frozen_epochs=15, batch_size=256, lr=Cosine(0.1))
 
 
-def p_darts_stages(
-    dropout: tuple[float, float, float] = (0.0, 0.4, 0.7), base: SearchStage | None = None
-) -> tuple[SearchStage, ...]:
+def p_darts_stages(dropout: tuple[float, float, float] = (0.0, 0.4, 0.7)) -> tuple[SearchStage, ...]:
     """The three stages of P-DARTS: 5, 11, 17 cells with 8, 5, 3 operations per edge.
 
-    `dropout` after skips is the paper's for CIFAR-10; it says 0.1, 0.2, 0.3 for CIFAR-100, and its code's README 0.1, 0.4, 0.7.
+    `dropout` after skips is the paper's for CIFAR-10; for CIFAR-100 it says 0.1, 0.2, 0.3, and the README of its
+    code 0.1, 0.4, 0.7.
     """
-    base = base or SearchStage(epochs=25, frozen_epochs=10, batch_size=96, lr=Cosine(0.025))
+    base = SearchStage(epochs=25, frozen_epochs=10, batch_size=96, lr=Cosine(0.025))
     return tuple(
         replace(base, cells=cells, keep=keep, skip_dropout=SkipDropout(p, base.frozen_epochs))
         for cells, keep, p in zip((5, 11, 17), (5, 3, None), dropout, strict=True)
@@ -126,47 +127,59 @@ PAPERS = {
                 weight_decay=5e-4,
             ),
         ),
-        retrain=RetrainStage(),
+        retrain=RECIPES["gdas_cifar"],
     ),
     "random": Trial(data=_CIFAR10, method=METHODS["random"], search=(), retrain=_DARTS_RETRAIN),
 }
-"""Trials by paper, with the published recipes; what each differs in from the paper is said in docs/methods.md."""
+"""Trials by paper, with the published recipes; docs/methods.md says where each differs from the paper."""
 
 
 def laptop(trial: Trial) -> Trial:
     """`trial` at a size of minutes on two cores and 8x8 images: its method, fewer epochs, cells and channels.
 
-    Widths, depths and epochs keep their proportions between stages. Digits are not mirrored: a mirrored digit is another one.
+    Widths, depths and epochs keep their proportions between stages; a part of the images is held out.
     """
-    return _shrunk(
-        trial, search_epochs=12, retrain_epochs=15, retrain_cells=5, channels=8, most_cells=5, limit=None
-    )
+    return _shrunk(trial, _Size(search_epochs=12, retrain_epochs=15, cells=5, batch_size=64))
 
 
 def tiny(trial: Trial) -> Trial:
     """`trial` at a size of seconds, for tests and to try a command."""
-    return _shrunk(
-        trial, search_epochs=2, retrain_epochs=2, retrain_cells=3, channels=8, most_cells=3, limit=200
+    return _shrunk(trial, _Size(search_epochs=3, retrain_epochs=3, cells=3, batch_size=16, limit=200))
+
+
+def on_digits(trial: Trial) -> Trial:
+    """`trial` on the embedded 8x8 digits, shifted by a pixel; not mirrored, for that makes another digit."""
+    augment = Augment(pad=1)
+    return replace(
+        trial,
+        data=replace(trial.data, source="digits"),
+        search=tuple(replace(stage, augment=augment) for stage in trial.search),
+        retrain=replace(trial.retrain, augment=augment),
     )
 
 
-def _shrunk(
-    trial: Trial,
-    *,
-    search_epochs: int,
-    retrain_epochs: int,
-    retrain_cells: int,
-    channels: int,
-    most_cells: int,
-    limit: int | None,
-) -> Trial:
-    augment = Augment(pad=1)
+_CELLS = 8
+"""Cells of a published supernet; depths shrink in proportion, to no fewer than a normal and two reduction cells."""
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a shrunk trial comes down to."""
+
+    search_epochs: int
+    retrain_epochs: int
+    cells: int
+    batch_size: int
+    channels: int = 8
+    limit: int | None = None
+
+
+def _shrunk(trial: Trial, size: _Size) -> Trial:
     total = sum(stage.epochs for stage in trial.search)
-    deepest = max((stage.cells for stage in trial.search), default=1)
     narrowest = min((stage.channels for stage in trial.search), default=1)
     stages = []
     for stage in trial.search:
-        epochs = max(1, round(search_epochs * stage.epochs / total))
+        epochs = max(1, round(size.search_epochs * stage.epochs / total))
         frozen = min(epochs - 1, round(epochs * stage.frozen_epochs / stage.epochs))
         dropout = stage.skip_dropout
         stages.append(
@@ -174,38 +187,34 @@ def _shrunk(
                 stage,
                 epochs=epochs,
                 frozen_epochs=frozen,
-                cells=max(3, round(most_cells * stage.cells / deepest))
-                if deepest > most_cells
-                else stage.cells,
-                channels=channels * stage.channels // narrowest,
-                batch_size=64,
-                lr=_peak(stage.lr, 0.05),
+                cells=max(3, round(size.cells * stage.cells / _CELLS)),
+                channels=size.channels * stage.channels // narrowest,
+                batch_size=size.batch_size,
+                lr=Cosine(0.05),
                 skip_dropout=replace(dropout, frozen_epochs=frozen)
                 if isinstance(dropout, SkipDropout)
                 else dropout,
-                augment=augment,
+                augment=Augment(pad=4, flip=True),
                 stem="cifar",
             )
         )
     retrain = replace(
         trial.retrain,
-        epochs=retrain_epochs,
-        cells=retrain_cells,
-        channels=channels,
-        batch_size=64,
+        epochs=size.retrain_epochs,
+        cells=size.cells,
+        channels=size.channels,
+        batch_size=size.batch_size,
         lr=Cosine(0.05),
         auxiliary_weight=0.0,
         drop_path=Constant(0.0),
-        augment=augment,
+        augment=Augment(pad=4, flip=True),
         stem="cifar",
     )
     data = DataConfig(
-        limit=limit, test_limit=limit, image_size=None, root=trial.data.root, download=trial.data.download
+        source=trial.data.source,
+        limit=size.limit,
+        test_limit=size.limit,
+        root=trial.data.root,
+        download=trial.data.download,
     )
     return replace(trial, data=data, search=tuple(stages), retrain=retrain)
-
-
-def _peak(lr: Schedule, peak: float) -> Schedule:
-    """`lr` as a cosine that starts at `peak`."""
-    end = lr.end / lr.start * peak if isinstance(lr, Cosine) and lr.start else 0.0
-    return Cosine(peak, end)

@@ -1,5 +1,6 @@
 """The retraining loop: train the network of a genotype from scratch."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nas.data import Augment, Data, Part
+from nas.data import Augment, Data
 from nas.genotype import Genotype
 from nas.metrics import Average, peak_memory_mb, reset_peak_memory
 from nas.network import Network, Stem, retrain_loss
+from nas.ops import Noise
 from nas.schedule import Constant, Cosine, Ramp, Schedule
 from nas.search import Values
-from nas.state import Batch
+from nas.state import Batch, load_optimizer
 from nas.streams import generator, seeded
 
 
@@ -29,6 +31,7 @@ class RetrainStage:
     batch_size: int = 96
     lr: Schedule = Cosine(0.025)
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 3e-4
     clip: float = 5.0
     auxiliary_weight: float = 0.4
@@ -46,11 +49,13 @@ class RetrainStage:
                 raise ValueError(f"retrain: {name}={getattr(self, name)} must be at least 1")
         if self.clip <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
             raise ValueError(
-                f"retrain: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, momentum={self.momentum} in [0, 1)"
+                f"retrain: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, "
+                f"momentum={self.momentum} in [0, 1)"
             )
         if self.auxiliary_weight < 0 or not 0 <= self.label_smoothing < 1:
             raise ValueError(
-                f"retrain: auxiliary_weight={self.auxiliary_weight} >= 0, label_smoothing={self.label_smoothing} in [0, 1)"
+                f"retrain: auxiliary_weight={self.auxiliary_weight} >= 0, "
+                f"label_smoothing={self.label_smoothing} in [0, 1)"
             )
         if (
             isinstance(self.drop_path, Ramp | Constant)
@@ -60,7 +65,7 @@ class RetrainStage:
 
 
 class RetrainRun:
-    """A retraining in progress. One `step` is one epoch; the test part is read by `test`, once, after the last."""
+    """A retraining in progress: one `step` is one epoch; `quality("test")` is for once, after the last."""
 
     def __init__(
         self, genotype: Genotype, stage: RetrainStage, data: Data, seed: int, device: torch.device
@@ -84,6 +89,7 @@ class RetrainRun:
             self.network.parameters(),
             lr=stage.lr.at(0, stage.epochs),
             momentum=stage.momentum,
+            nesterov=stage.nesterov,
             weight_decay=stage.weight_decay,
         )
 
@@ -96,7 +102,7 @@ class RetrainRun:
         """Train for one epoch; returns its metrics.
 
         Raises:
-            FloatingPointError: the training loss is not finite.
+            FloatingPointError: the training or validation loss is not finite.
         """
         started = time.perf_counter()
         stage = self.stage
@@ -105,14 +111,21 @@ class RetrainRun:
             group["lr"] = lr
         self.network.drop_path = drop
         self.network.generator = generator(self.seed, "drop_path", self.epoch, device=self.device)
+        for module in self.network.modules():
+            if isinstance(module, Noise):  # the operation of space S4, which draws in evaluation too
+                module.generator = self.network.generator
         self.network.train()
         average = Average()
         for batch in self._train_batches():
             self._train_step(batch, average)
         train_loss, train_error = average.read()
-        if not torch.tensor(train_loss).isfinite():
+        if not math.isfinite(train_loss):
             raise FloatingPointError(f"retraining diverged: training loss {train_loss} in epoch {self.epoch}")
         valid_loss, valid_error = self.quality("valid") if self.data.size("valid") else (None, None)
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            raise FloatingPointError(
+                f"retraining diverged: validation loss {valid_loss} in epoch {self.epoch}"
+            )
         self.epoch += 1
         return {
             "train_loss": train_loss,
@@ -136,7 +149,7 @@ class RetrainRun:
             auxiliary_weight=self.stage.auxiliary_weight,
             smoothing=self.stage.label_smoothing,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), self.stage.clip)
         self.optimizer.step()
         average.add(loss, logits, labels)
@@ -172,9 +185,20 @@ class RetrainRun:
         """Continue from where `state_dict` was taken."""
         self.epoch = held["epoch"]
         self.network.load_state_dict(held["network"])
-        self.optimizer.load_state_dict(held["optimizer"])
+        load_optimizer(self.optimizer, held["optimizer"])
 
 
-def parts_needed(stage: RetrainStage) -> tuple[Part, ...]:
-    """Parts of the data that a retraining reads."""
-    return ("train", "test")
+def check_retrain(stage: RetrainStage, image_size: int) -> None:
+    """Refuse a retraining that images of this size do not fit, before anything is built.
+
+    Raises:
+        ValueError: the auxiliary head, whose pool and convolutions are made for one map, finds another.
+    """
+    side = -(-image_size // (4 if stage.stem == "cifar" else 32))
+    fitting = (8, 10) if stage.stem == "cifar" else (7, 8)
+    if stage.auxiliary_weight > 0 and not fitting[0] <= side <= fitting[1]:
+        raise ValueError(
+            f"the auxiliary head of the {stage.stem} recipe does not fit images of {image_size} pixels "
+            f"(its map is {side}, it takes {fitting[0]} to {fitting[1]}); "
+            "add --set retrain.auxiliary_weight=0"
+        )

@@ -81,8 +81,8 @@ class Softmax:
 class Gumbel:
     """Operations drawn from the Gumbel-softmax distribution; one runs on each edge when `hard`.
 
-    Hard gates are one-hot forward and carry the gradient of the soft sample. Tables of which more than one option is taken (inputs)
-    stay a softmax, so that edge normalisation multiplies the sampled operation.
+    Hard gates are one-hot forward and carry the gradient of the soft sample. Tables of which more than one
+    option is taken (inputs) stay a softmax, so that edge normalisation multiplies the sampled operation.
 
     Source: Dong & Yang, "Searching for a Robust Neural Architecture in Four GPU Hours", arXiv:1910.04465.
     """
@@ -90,6 +90,10 @@ class Gumbel:
     hard: bool = True
     tau: Schedule = Linear(10.0, 0.1)
     """Temperature over the stage's epochs; low tau is close to a one-hot draw."""
+
+    def __post_init__(self) -> None:
+        if min(self.tau.at(epoch, 10) for epoch in range(10)) <= 0:
+            raise ValueError(f"Gumbel.tau={self.tau} reaches 0, by which logits are divided; stay above it")
 
     def sample(self, arch: Arch, progress: Progress, draws: torch.Generator) -> list[Gates]:
         """One set of gates, differentiable in the logits; the same for all samples of a batch."""

@@ -1,7 +1,8 @@
 """Values that change with training progress: learning rates, temperatures, drop probabilities.
 
-Every schedule is a pure function `at(epoch, epochs)` of the 0-based epoch (a fraction inside an epoch where a recipe changes
-the value per batch). Nothing steps, so nothing can be stepped in the wrong order, and a resumed run reads the same values.
+Every schedule is a pure function `at(epoch, epochs)` of the 0-based epoch (a fraction inside an epoch where a
+recipe changes the value per batch). Nothing steps, so nothing can be stepped in the wrong order, and a
+resumed run reads the same values.
 """
 
 import math
@@ -68,8 +69,8 @@ def _warm(value: float, start: float, epoch: float, warmup: int, scale: str) -> 
 class Cosine:
     """Half a cosine from `start` to `end`: end + (start - end) (1 + cos(pi e / E)) / 2.
 
-    During the first `warmup` epochs the value is (e + 1) / warmup times `start` (PC-DARTS's ImageNet code) or times the
-    cosine's own value (`warmup_of="current"`, P-DARTS's).
+    During the first `warmup` epochs the value is (e + 1) / warmup times `start` (PC-DARTS's ImageNet code) or
+    times the cosine's own value (`warmup_of="current"`, P-DARTS's).
     """
 
     start: float
@@ -88,9 +89,10 @@ class Cosine:
 
 @dataclass(frozen=True)
 class LinearTail:
-    """Line from `start` that falls to 1/E' of it before the last `tail` epochs, then a five times flatter line to 0.
+    """Line from `start` to 1/E' of it before the last `tail` epochs, then one `tail` times flatter to 0.
 
-    Source: the ImageNet retraining of PC-DARTS and P-DARTS; with E' = E - tail, lr (E' - e) / E' before, lr (E - e) / (tail E') after.
+    With E' = E - tail: start (E' - e) / E' before, start (E - e) / (tail E') after. Source: the ImageNet
+    retraining of PC-DARTS and P-DARTS.
     """
 
     start: float
@@ -130,10 +132,10 @@ class Exponential:
 
 @dataclass(frozen=True)
 class SkipDropout:
-    """P-DARTS's dropout after identity skips: a linear fall while alpha is frozen, then a jump back and exp(-0.2 t).
+    """P-DARTS's dropout after identity skips: linear fall while alpha is frozen, jump back, then exp(-0.2 t).
 
-    Source: Chen et al., "Progressive Differentiable Architecture Search", arXiv:1904.12760, and its public code. With F frozen
-    epochs: start (E - e - 1) / E before epoch F, then start exp(-0.2 (e - F)).
+    Source: Chen et al., "Progressive Differentiable Architecture Search", arXiv:1904.12760, and its public
+    code. With F frozen epochs: start (E - e - 1) / E before epoch F, then start exp(-0.2 (e - F)).
     """
 
     start: float = 0.0

@@ -1,5 +1,6 @@
-"""The search loop: train a supernet and its architecture parameters, stage by stage, then read off a genotype."""
+"""The search loop: train a supernet and its architecture parameters by stages, then read off a genotype."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from nas.schedule import Constant, Cosine, Schedule
 from nas.searchers import RandomGenotype, keep_likeliest
 from nas.spaces.cell import CellSpace
 from nas.spaces.space import Choices
-from nas.state import Batch, SearchState, frozen
+from nas.state import Batch, SearchState, frozen, load_optimizer
 from nas.streams import generator, seeded, stream_seed
 from nas.supernets.cell import Noise
 
@@ -65,7 +66,8 @@ class SearchStage:
             )
         if self.clip <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
             raise ValueError(
-                f"search stage: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, momentum={self.momentum} in [0, 1)"
+                f"search stage: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, "
+                f"momentum={self.momentum} in [0, 1)"
             )
 
 
@@ -76,7 +78,8 @@ Price = Callable[[Genotype], Values]
 class SearchRun:
     """A search in progress: everything a checkpoint holds. One `step` is one epoch of the current stage.
 
-    Random draws are functions of (seed, stage, epoch), so a run restored at an epoch's end goes on as if it had never stopped.
+    Random draws are functions of (seed, stage, epoch), so a run restored at an epoch's end goes on as if
+    it had never stopped.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class SearchRun:
         """What was found, once the search is done."""
         self.state: SearchState | None = None
         if stages:
-            self._begin_stage()
+            self.state = self._new_state()
         else:
             self.genotype = self._derive({})
 
@@ -113,7 +116,8 @@ class SearchRun:
         """Settings of the current stage."""
         return self.stages[self.part]
 
-    def _begin_stage(self) -> None:
+    def _new_state(self) -> SearchState:
+        """Fresh weights and architecture parameters for the current stage."""
         stage, method = self.stage, self.method
         reset_peak_memory(self.device)
         with seeded(self.seed, "init", "search", self.part):
@@ -132,7 +136,7 @@ class SearchRun:
             self.device,
             torch.get_default_dtype(),
         )
-        self.state = SearchState(
+        return SearchState(
             supernet=supernet,
             arch=arch,
             sampler=method.sampler,
@@ -149,23 +153,27 @@ class SearchRun:
         )
 
     def step(self) -> tuple[Values, Genotype]:
-        """Train for one epoch; returns its metrics and the genotype that the architecture parameters give now.
+        """Train for one epoch; returns its metrics and the genotype of the architecture parameters now.
 
         Raises:
-            FloatingPointError: the training loss is not finite.
+            FloatingPointError: the training or validation loss is not finite.
         """
         assert self.state is not None
         started = time.perf_counter()
         state, stage = self.state, self.stage
         train = self._train_epoch(state, stage)
         train_loss, train_error = train.read()
-        if not torch.tensor(train_loss).isfinite():
+        if not math.isfinite(train_loss):
             raise FloatingPointError(
                 f"search diverged: training loss {train_loss} in epoch {self.epoch} of stage {self.part}"
             )
         genotype = self._derive(state.arch.probabilities())
         state.draws = generator(self.seed, "gates", "evaluation", self.part, self.epoch)
         valid_loss, valid_error = supernet_quality(state, state.gates()[0], self._valid_batches())
+        if not math.isfinite(valid_loss):  # the last step of the epoch did it
+            raise FloatingPointError(
+                f"search diverged: validation loss {valid_loss} in epoch {self.epoch} of stage {self.part}"
+            )
         metrics: Values = {
             "train_loss": train_loss,
             "train_error": train_error,
@@ -174,11 +182,12 @@ class SearchRun:
             **describe(state, genotype),
             **self.price(genotype),
         }
+        peak = peak_memory_mb(self.device)  # before the next stage starts a new one
         self.epoch += 1
         if self.epoch == stage.epochs:
             self._end_stage(state, genotype, metrics)
         metrics["seconds"] = time.perf_counter() - started
-        metrics["peak_memory_mb"] = peak_memory_mb(self.device)
+        metrics["peak_memory_mb"] = peak
         return metrics, genotype
 
     def _train_epoch(self, state: SearchState, stage: SearchStage) -> Average:
@@ -218,7 +227,7 @@ class SearchRun:
                         self.choices[name] = keep_likeliest(table, probabilities[name], keep)
             self.part += 1
             self.epoch = 0
-            self._begin_stage()
+            self.state = self._new_state()
             return
         _, derived_error = supernet_quality(state, one_hot_gates(state, genotype), self._valid_batches())
         assert metrics["valid_error"] is not None
@@ -248,7 +257,7 @@ class SearchRun:
             restart += 1
 
     def _valid_batches(self) -> Iterator[Batch]:
-        """Held-out images in stored order: the validation part, or the architecture half where there is none."""
+        """Held-out images in stored order: the validation part, or without one the architecture half."""
         part: Literal["valid", "arch"] = "valid" if self.data.size("valid") else "arch"
         return self.data.batches(part, self.stage.batch_size, order=None)
 
@@ -279,26 +288,25 @@ class SearchRun:
         self.state = None
         if "supernet" not in held:
             return
-        self._begin_stage()
-        state: SearchState = self.state  # type: ignore[assignment]  # set by _begin_stage
+        self.state = state = self._new_state()
         assert state.arch_optimizer is not None
         state.supernet.load_state_dict(held["supernet"])
         with torch.no_grad():
             for name, logits in state.arch.logits.items():
                 logits.copy_(held["logits"][name])
-        state.weight_optimizer.load_state_dict(held["weight_optimizer"])
-        state.arch_optimizer.load_state_dict(held["arch_optimizer"])
+        load_optimizer(state.weight_optimizer, held["weight_optimizer"])
+        load_optimizer(state.arch_optimizer, held["arch_optimizer"])
 
 
 def weight_step(state: SearchState, batch: Batch, clip: float, average: Average | None = None) -> None:
-    """One SGD step of the supernet's weights under gates drawn afresh, the architecture parameters left alone."""
+    """One SGD step of the supernet's weights under fresh gates; architecture parameters are left alone."""
     images, labels = batch
     state.weight_optimizer.zero_grad()
     with frozen(state.arch.parameters()):
         for gates in state.gates():
             logits = state.supernet(images, gates)
             loss = F.cross_entropy(logits, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             if average is not None:
                 average.add(loss, logits, labels)
     nn.utils.clip_grad_norm_(state.supernet.parameters(), clip)
@@ -309,7 +317,8 @@ def check_search(space: CellSpace, method: Method, stages: tuple[SearchStage, ..
     """Refuse a search that cannot run, before anything is built.
 
     Raises:
-        ValueError: K does not divide a width, stages without a searcher that needs them, or the reverse.
+        ValueError: no stages for a searcher that reads a supernet, a width that K does not divide, an
+            operation without a batched form, or a stage that may leave an edge with `none` alone.
     """
     needs_search = not isinstance(method.searcher, RandomGenotype)
     if needs_search and not stages:
@@ -318,3 +327,5 @@ def check_search(space: CellSpace, method: Method, stages: tuple[SearchStage, ..
         )
     for stage in stages:
         method.supernet.check(space, stage.channels)
+    if "none" in space.ops and any(stage.keep == 1 for stage in stages[:-1]):
+        raise ValueError("keep=1 may leave an edge with none alone, which no cell can hold; keep at least 2")

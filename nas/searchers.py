@@ -13,24 +13,30 @@ from nas.spaces.space import Choices
 
 @dataclass(frozen=True)
 class Argmax:
-    """The likeliest cell: on every edge its best operation, at every node the strongest edges, at most `max_skip` skips.
+    """The likeliest cell: each edge's best operation, each node's strongest edges, at most `max_skip` skips.
 
-    `none` takes part in the softmax, so a large weight on it lowers an edge, but it is never chosen. Taken inputs of a node are
-    listed by decreasing strength, or by predecessor when ties go to the last.
+    `none` takes part in the softmax, so a large weight on it lowers an edge, but it is never chosen. Taken
+    inputs of a node are listed by decreasing strength, or by predecessor when ties go to the last.
 
-    Sources: DARTS arXiv:1806.09055 (alpha), PC-DARTS arXiv:1907.05737 (alpha times beta), P-DARTS arXiv:1904.12760 (skip cap),
-    GDAS arXiv:1910.04465 (pairs).
+    Sources: DARTS arXiv:1806.09055 (alpha), PC-DARTS arXiv:1907.05737 (alpha times beta), P-DARTS
+    arXiv:1904.12760 (skip cap), GDAS arXiv:1910.04465 (pairs).
     """
 
     edges_by: Literal["alpha_beta", "alpha", "beta"] = "alpha_beta"
-    """Strength of an edge: best operation's probability times beta (just the former without edge normalisation), it alone, or beta
-    alone. The operation on an edge is always the one of the largest alpha."""
+    """Strength of an edge: its best operation's probability times beta, the former alone, or beta alone.
+
+    Without edge normalisation the product is just the probability. The operation on an edge is always the one
+    of the largest alpha.
+    """
     max_skip: int | None = None
     """M of P-DARTS: largest number of skip connections in the normal cell; None sets no limit."""
     pairs: bool = False
-    """Rank (operation, predecessor) pairs rather than edges: a node may take one predecessor twice, as in GDAS."""
+    """Whether (operation, predecessor) pairs are ranked rather than edges.
+
+    A node may then take one predecessor twice, as in GDAS.
+    """
     ties: Literal["first", "last"] = "first"
-    """Which of equals wins, predecessors and operations alike: the first in DARTS's code, the last in P-DARTS's."""
+    """Which of equals wins, predecessor or operation: the first in DARTS's code, the last in P-DARTS's."""
 
     def __post_init__(self) -> None:
         if self.max_skip is not None and self.max_skip < 0:
@@ -43,7 +49,11 @@ class Argmax:
         probabilities: dict[str, Tensor],
         draws: random.Random,
     ) -> Genotype:
-        """Genotype of the probabilities, one table for each table of choices that was relaxed."""
+        """Genotype of the probabilities, one table for each table of choices that was relaxed.
+
+        Raises:
+            ValueError: `max_skip` cannot be met, or `edges_by="beta"` without probabilities of inputs.
+        """
         cells = {}
         for cell in CELL_TYPES:
             ops = probabilities[f"{cell}/op"].detach().cpu().tolist()
@@ -65,7 +75,8 @@ class Argmax:
     ) -> Cell:
         if self.edges_by == "beta" and beta is None:
             raise ValueError(
-                "edges_by='beta' needs edge normalisation; set method.supernet.edge_norm=True or edges_by='alpha'"
+                "edges_by='beta' needs edge normalisation; "
+                "set method.supernet.edge_norm=True or edges_by='alpha'"
             )
         factor = beta if beta is not None and self.edges_by == "alpha_beta" else [1.0] * len(alpha)
         score = [[p * weight for p in row] for row, weight in zip(alpha, factor, strict=True)]
@@ -79,12 +90,15 @@ class Argmax:
             ]
             if cell == "reduce" or self.max_skip is None or len(skips) <= self.max_skip:
                 break
-            value, edge, option = min(skips)
-            if value == 0:
+            removable = [entry for entry in skips if entry[0] > 0]
+            if not removable:
                 raise ValueError(
-                    f"max_skip={self.max_skip} cannot be met: some node of {space.name!r} offers nothing else"
+                    f"max_skip={self.max_skip} cannot be met: {len(skips)} nodes or more of {space.name!r} "
+                    "offer nothing else; raise max_skip or allow another operation there"
                 )
-            # Taking the weakest selected skip away can demote its edge, switch its operation, and let another skip in.
+            _, edge, option = min(removable)
+            # Taking the weakest selected skip away can demote its edge, switch its operation, and
+            # let another skip in.
             score[edge][option] = 0.0
         return Cell(
             tuple(
@@ -155,9 +169,10 @@ Searcher = Argmax | RandomGenotype
 
 
 def keep_likeliest(table: Choices, probabilities: Tensor, keep: int) -> Choices:
-    """`table` with the `keep` likeliest options left in each row; of equals the first is dropped, `none` competes like any other.
+    """`table` with the `keep` likeliest options left in each row.
 
-    Source: P-DARTS, arXiv:1904.12760, and its public code.
+    Of equals the first is dropped; `none` competes like any other. Source: P-DARTS, arXiv:1904.12760,
+    and its public code.
     """
     rows = probabilities.detach().cpu().tolist()
     allowed = []

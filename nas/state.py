@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ class SearchState:
     def gates(self) -> list[Gates]:
         """Gates for one step, drawn by the sampler."""
         return self.sampler.sample(self.arch, self.progress, self.draws)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, held: dict[str, Any]) -> None:
+    """Restore what an optimiser has accumulated; its settings stay those of the trial it was built for."""
+    optimizer.load_state_dict({**held, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @contextmanager

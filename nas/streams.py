@@ -1,7 +1,8 @@
 """Named, seeded random streams: every draw of the package comes from one of these.
 
-A stream is a function of its name, not of what was drawn before it: the augmentation of epoch 7 is the same whether
-epochs 0 to 6 ran in this process or in one that was killed, and drawing more from one stream never moves another.
+A stream is a function of its name, not of what was drawn before it: the augmentation of epoch 7 is the
+same whether epochs 0 to 6 ran in this process or in one that was killed, and drawing more from one stream
+never moves another.
 """
 
 import hashlib
@@ -24,7 +25,10 @@ def generator(seed: int, *name: str | int, device: torch.device | str = "cpu") -
 
 @contextmanager
 def seeded(seed: int, *name: str | int) -> Iterator[None]:
-    """Context in which PyTorch's default initialisers draw from the stream `name`; the global state is put back after."""
+    """Context in which PyTorch's default initialisers draw from the stream `name`.
+
+    The global state is put back after it.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(stream_seed(seed, *name))
+        torch.default_generator.manual_seed(stream_seed(seed, *name))
         yield

@@ -1,6 +1,7 @@
 """A trial: one search and one retraining. Start reading here.
 
-`Trial` says what to do, `TrialRun` does it an epoch at a time, `run_trial` runs it to its end in this process.
+`Trial` says what to do, `TrialRun` does it an epoch at a time, `run_trial` runs it to its end
+in this process.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from nas.costs import network_cost
 from nas.data import Arrays, Data, DataConfig, load
 from nas.genotype import Genotype
 from nas.methods import METHODS, Method
-from nas.retrain import RetrainRun, RetrainStage
+from nas.retrain import RetrainRun, RetrainStage, check_retrain
 from nas.search import SearchRun, SearchStage, Values, check_search
 from nas.spaces.cell import CellSpace
 
@@ -25,7 +26,10 @@ StageName = Literal["search", "retrain"]
 
 @dataclass(frozen=True)
 class Seeds:
-    """Three seeds, three questions: does the claim hold for another split, another search, another training?"""
+    """Three seeds for three questions.
+
+    Does a claim hold for another split, another search, another training?
+    """
 
     split: int = 0
     search: int = 0
@@ -45,6 +49,11 @@ class Trial:
 
     def __post_init__(self) -> None:
         check_search(self.space, self.method, self.search)
+        if self.data.weights_share == 1 and any(stage.frozen_epochs < stage.epochs for stage in self.search):
+            raise ValueError(
+                "weights_share=1 leaves no images to learn the architecture from; "
+                "use a share below 1, or search=()"
+            )
 
     @property
     def id(self) -> str:
@@ -89,6 +98,7 @@ class TrialRun:
     """A trial in progress. One `step` is one epoch of the current stage, search first, then retraining."""
 
     def __init__(self, trial: Trial, data: Data, device: torch.device) -> None:
+        check_retrain(trial.retrain, data.image_size)
         self.trial, self.data, self.device = trial, data, device
         self.search = SearchRun(
             trial.space, trial.method, trial.search, data, trial.seeds.search, device, self._price
@@ -101,7 +111,7 @@ class TrialRun:
         self.result: Values | None = None
         """Final metrics, once the trial is done."""
         if self.search.done:
-            self._begin_retrain()
+            self.retrain = self._new_retrain()
 
     @property
     def done(self) -> bool:
@@ -117,7 +127,8 @@ class TrialRun:
         """Run one epoch; after the last one the test part is read, and `result` is there.
 
         Raises:
-            FloatingPointError: a training loss is not finite.
+            FloatingPointError: a training or validation loss is not finite.
+            RuntimeError: the trial is done.
         """
         if self.done:
             raise RuntimeError("the trial is done: its test part has been read")
@@ -127,7 +138,7 @@ class TrialRun:
             ended = self.search.done or self.search.part != part
             row = self._row("search", part, metrics, genotype, ended=ended)
             if self.search.done:
-                self._begin_retrain()
+                self.retrain = self._new_retrain()
             return row
         metrics = self.retrain.step()
         row = self._row("retrain", 0, metrics, None, ended=self.retrain.done)
@@ -145,9 +156,9 @@ class TrialRun:
         self.peak_memory_mb = max(self.peak_memory_mb, metrics["peak_memory_mb"] or 0.0)
         return row
 
-    def _begin_retrain(self) -> None:
+    def _new_retrain(self) -> RetrainRun:
         assert self.search.genotype is not None
-        self.retrain = RetrainRun(
+        return RetrainRun(
             self.search.genotype, self.trial.retrain, self.data, self.trial.seeds.retrain, self.device
         )
 
@@ -194,18 +205,19 @@ class TrialRun:
         }
 
     def load_state_dict(self, held: dict[str, Any], *, adopt: bool = False) -> None:
-        """Continue from where `state_dict` was taken; `adopt` takes over the state of another trial, as PBT does.
+        """Continue from where `state_dict` was taken.
+
+        `adopt` takes over the state of another trial, as PBT does.
 
         Raises:
-            ValueError: the state is that of another trial.
+            ValueError: the state is that of another trial, and `adopt` is not set.
         """
         if held["trial"] != self.trial.id and not adopt:
             raise ValueError(f"checkpoint of trial {held['trial']} cannot continue trial {self.trial.id}")
         self.search.load_state_dict(held["search"])
         self.retrain = None
         if held["retrain"] is not None:
-            self._begin_retrain()
-            assert self.retrain is not None
+            self.retrain = self._new_retrain()
             self.retrain.load_state_dict(held["retrain"])
         self.seconds, self.epochs = dict(held["seconds"]), dict(held["epochs"])
         self.last = {stage: dict(values) for stage, values in held["last"].items()}
@@ -213,7 +225,7 @@ class TrialRun:
 
 
 SEARCH_SUMMARY = ("valid_loss", "valid_error", "train_error", "alpha_entropy", "beta_entropy", "alpha_margin")
-"""Metrics of the last search epoch that the trial's result repeats, so that they stand in one row with the final error."""
+"""Metrics of the last search epoch that the result repeats, to stand in one row with the final error."""
 
 
 @dataclass(frozen=True)

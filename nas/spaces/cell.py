@@ -1,7 +1,8 @@
 """The cell space of DARTS: two inputs, some nodes, an operation on every edge, two edges kept per node.
 
-Source: Liu et al., "DARTS: Differentiable Architecture Search", arXiv:1806.09055; the restricted spaces S1 to S4 are those of
-Zela et al., "Understanding and Robustifying Differentiable Architecture Search", arXiv:1909.09656.
+Source: Liu et al., "DARTS: Differentiable Architecture Search", arXiv:1806.09055; the restricted
+spaces S1 to S4 are those of Zela et al., "Understanding and Robustifying Differentiable Architecture
+Search", arXiv:1909.09656.
 """
 
 import random
@@ -36,8 +37,9 @@ def reduction_cells(cells: int) -> set[int]:
 class CellSpace:
     """All cells of `nodes` nodes with `inputs_per_node` edges each and one of `ops` on every edge.
 
-    Edges are numbered node by node, predecessors ascending: 2<-0, 2<-1, 3<-0, ... `normal_ops` and `reduce_ops` restrict single
-    edges to some of `ops`; None allows all. `none` may be relaxed over, but no derived cell holds it.
+    Edges are numbered node by node, predecessors ascending: 2<-0, 2<-1, 3<-0, ... `normal_ops` and
+    `reduce_ops` restrict single edges to some of `ops`; None allows all. `none` may be relaxed over, but no
+    derived cell holds it.
     """
 
     name: str = "darts"
@@ -57,7 +59,8 @@ class CellSpace:
         unknown = [op for op in self.ops if op not in OPERATIONS]
         if unknown or len(set(self.ops)) != len(self.ops) or not set(self.ops) - {"none"}:
             raise ValueError(
-                f"space.ops={self.ops} must be distinct names from {', '.join(OPERATIONS)} with at least one besides none"
+                f"space.ops={self.ops} must be distinct names from {', '.join(OPERATIONS)} "
+                "with at least one besides none"
             )
         for cell in CELL_TYPES:
             self.op_choices(cell)
@@ -80,8 +83,8 @@ class CellSpace:
             unknown = sorted({op for ops in subsets for op in ops} - set(self.ops))
             if unknown or not all(set(ops) - {"none"} for ops in subsets):
                 raise ValueError(
-                    f"space.{cell}_ops: every edge needs an operation besides none, and only ones of space.ops "
-                    f"({', '.join(self.ops)}); not there: {unknown or 'none of them'}"
+                    f"space.{cell}_ops: every edge needs an operation besides none, and only ones of "
+                    f"space.ops ({', '.join(self.ops)}); not there: {unknown or 'none of them'}"
                 )
             allowed = tuple(tuple(i for i, op in enumerate(self.ops) if op in ops) for ops in subsets)
         return Choices(f"{cell}/op", tuple(f"{cell}/{n}<-{s}" for n, s in self.edges), self.ops, allowed)
@@ -133,13 +136,23 @@ class CellSpace:
         """Options of this space that `genotype` takes.
 
         Raises:
-            ValueError: the genotype has another number of nodes or an operation its edge does not allow.
+            ValueError: the genotype has another number of nodes, another number of inputs at one or one input
+                twice, an output of other nodes than all, or an operation its edge does not allow.
         """
         picks: Picks = {}
         for cell in CELL_TYPES:
-            nodes = getattr(genotype, cell).nodes
+            nodes, concat = getattr(genotype, cell).nodes, getattr(genotype, cell).concat
             if len(nodes) != self.nodes:
                 raise ValueError(f"{cell} cell has {len(nodes)} nodes; space {self.name!r} has {self.nodes}")
+            if len(concat) != self.nodes:
+                raise ValueError(f"{cell} cell outputs nodes {concat}; space {self.name!r} outputs all")
+            if any(
+                len(set(inputs)) != self.inputs_per_node or len(inputs) > len(set(inputs)) for inputs in nodes
+            ):
+                raise ValueError(
+                    f"{cell} cell does not keep {self.inputs_per_node} different inputs at every node, "
+                    f"as space {self.name!r} does"
+                )
             taken: dict[tuple[int, int], list[int]] = {edge: [] for edge in self.edges}
             for node, inputs in enumerate(nodes, start=2):
                 for op, source in inputs:
@@ -147,7 +160,8 @@ class CellSpace:
                     allowed = [self.ops[option] for option in self.op_choices(cell).allowed[row]]
                     if op not in allowed:
                         raise ValueError(
-                            f"{op} on {cell}/{node}<-{source} is not in the space; allowed: {', '.join(allowed)}"
+                            f"{op} on {cell}/{node}<-{source} is not in the space; "
+                            f"allowed: {', '.join(allowed)}"
                         )
                     taken[node, source].append(self.ops.index(op))
             picks[f"{cell}/op"] = tuple(tuple(sorted(taken[edge])) for edge in self.edges)

@@ -3,14 +3,15 @@
 from dataclasses import dataclass, replace
 
 Picks = dict[str, tuple[tuple[int, ...], ...]]
-"""By name of `Choices`, for every row the options taken, in ascending order; empty where the row takes none."""
+"""By name of `Choices`, for every row the options taken, ascending; empty where the row takes none."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A table of decisions over the same options, one row each, e.g. the operation on every edge of the normal cell.
+    """A table of decisions over the same options, one row each, e.g. the operation on every edge of a cell.
 
-    One table rather than one object per decision, so that a sampler needs one softmax for all edges of a cell.
+    One table rather than one object per decision, so that a sampler needs one softmax for all
+    edges of a cell.
     """
 
     name: str
@@ -32,7 +33,8 @@ class Choices:
             )
             if not valid or options[0] < 0:
                 raise ValueError(
-                    f"{row}: options {options} must be ascending, distinct and within 0..{len(self.options) - 1}"
+                    f"{row}: options {options} must be ascending, distinct and within "
+                    f"0..{len(self.options) - 1}"
                 )
 
     @property

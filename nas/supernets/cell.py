@@ -1,12 +1,13 @@
 """The cell supernet of DARTS, PC-DARTS, P-DARTS and GDAS, with the edges of a cell computed in batches.
 
-Network -> cell -> fan-out. A `FanOut` holds all edges that leave some nodes at once, with every operation on them: weights are
-stacked by edge, so that fourteen edges become four calls an operation. Nothing mixes between edges before the sum over a node's
-inputs, hence the result is that of one module per edge and operation; `tests/reference/cell_supernet.py` is that plain form, written
-as the equations read, and the two are tested equal.
+Network -> cell -> fan-out. A `FanOut` holds all edges that leave some nodes at once, with every operation
+on them: weights are stacked by edge, so that fourteen edges become four calls an operation. Nothing mixes
+between edges before the sum over a node's inputs, hence the result is that of one module per edge and
+operation; `tests/reference/cell_supernet.py` is that plain form, written as the equations read, and the
+two are tested equal.
 
-Sources: DARTS arXiv:1806.09055; partial channels and edge normalisation PC-DARTS arXiv:1907.05737; dropout after skips P-DARTS
-arXiv:1904.12760; drop-path in the search RobustDARTS arXiv:1909.09656.
+Sources: DARTS arXiv:1806.09055; partial channels and edge normalisation PC-DARTS arXiv:1907.05737; dropout
+after skips P-DARTS arXiv:1904.12760; drop-path in the search RobustDARTS arXiv:1909.09656.
 """
 
 import math
@@ -26,7 +27,10 @@ from nas.spaces.cell import CELL_TYPES, CellSpace, CellType, reduction_cells
 from nas.spaces.space import Choices
 
 FOLD_MAX_CHANNELS = 16
-"""Up to this width a depthwise and the pointwise convolution after it run as one dense kernel: more arithmetic, less traffic."""
+"""Up to this width a depthwise and the pointwise convolution after it run as one dense kernel.
+
+That is more arithmetic, but less traffic.
+"""
 
 CONV_OPS = {
     "sep_conv_3x3": (3, 1),
@@ -42,14 +46,20 @@ SUPERNET_OPS = ("none", "noise", "skip_connect", *POOLS, *CONV_OPS)
 
 @dataclass(frozen=True)
 class CellSupernetConfig:
-    """Settings of the cell supernet; the defaults are DARTS, and every knob's neutral value gives DARTS back exactly."""
+    """Settings of the cell supernet.
+
+    The defaults are DARTS, and every knob's neutral value gives DARTS back exactly.
+    """
 
     partial_channels: int = 1
     """K of PC-DARTS: operations see 1/K of the channels, the others bypass them."""
     edge_norm: bool = False
     """Whether each edge is weighted by beta, normalised over a node's inputs."""
     channel_mix: Literal["shuffle", "shift", "mask"] = "shuffle"
-    """Which channels the next edge mixes: the public code's shuffle, a cyclic shift, or the paper's random mask per edge and step."""
+    """Which channels the next edge mixes.
+
+    The public code's shuffle, a cyclic shift, or the paper's random mask, drawn for every edge and step.
+    """
 
     def __post_init__(self) -> None:
         if self.partial_channels < 1:
@@ -58,29 +68,27 @@ class CellSupernetConfig:
             raise ValueError(f"channel_mix={self.channel_mix!r} is not one of shuffle, shift, mask")
 
     def gated(self, choices: dict[str, Choices]) -> dict[str, Choices]:
-        """The tables of choices that this supernet relaxes: operations always, inputs with edge normalisation."""
+        """The tables of choices that this supernet relaxes: operations always, inputs with edge norm."""
         return {name: table for name, table in choices.items() if self.edge_norm or name.endswith("/op")}
 
     def check(self, space: CellSpace, channels: int) -> None:
         """Refuse what cannot be built.
 
         Raises:
-            ValueError: K does not divide the channels, a mixed slice is odd, or the space holds an operation without a batched form.
+            ValueError: K does not divide the channels, or the space has an operation without a batched form.
         """
         k = self.partial_channels
         if channels % k:
             divisors = [d for d in range(1, channels + 1) if channels % d == 0]
             raise ValueError(
-                f"partial_channels={k} does not divide channels={channels}; use one of {', '.join(map(str, divisors))}"
-            )
-        if (2 * channels // k) % 2:
-            raise ValueError(
-                f"channels={channels} / partial_channels={k} leaves an odd slice in reduction cells"
+                f"partial_channels={k} does not divide channels={channels}; "
+                f"use one of {', '.join(map(str, divisors))}"
             )
         missing = sorted(set(space.ops) - set(SUPERNET_OPS))
         if missing:
             raise ValueError(
-                f"no supernet form of {', '.join(missing)}; a searched space may hold {', '.join(SUPERNET_OPS)}"
+                f"no supernet form of {', '.join(missing)}; "
+                f"a searched space may hold {', '.join(SUPERNET_OPS)}"
             )
 
     def build(
@@ -99,13 +107,14 @@ class CellSupernetConfig:
         return CellSupernet(self, space, choices, cells, channels, classes, channels_in, stem)
 
 
-# --- operations stacked by edge -------------------------------------------------------------------------------------------------
+# --- operations stacked by edge -----------------------------------------------------------------------------
 
 
 class StackedBatchNorm(nn.Module):
-    """Batch norm without affine parameters of E edges at once, on (B, E*C, H, W); its scale is given by the caller.
+    """Batch norm without affine parameters of E edges at once, on (B, E*C, H, W); callers give its scale.
 
-    The weight of an operation in its edge's sum is that scale, which saves a product and the memory it would hold.
+    The weight of an operation in its edge's sum is that scale, which saves a product and the
+    memory it would hold.
     """
 
     running_mean: Tensor
@@ -120,7 +129,9 @@ class StackedBatchNorm(nn.Module):
     def forward(self, x: Tensor, rows: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """(B, E'*C, H, W) of the edges `rows` (None: all), normalised and scaled by `scale` (E',)."""
         channels = self.running_mean.shape[1]
-        gamma = None if scale is None else scale[:, None].expand(-1, channels).flatten()
+        # Contiguous for one edge too: PyTorch's CPU batch norm misreads an expanded scale in the backward
+        # pass of 1x1 maps.
+        gamma = None if scale is None else scale.repeat_interleave(channels)
         if self.training and not self.track_running_stats:
             return F.batch_norm(x, None, None, gamma, training=True)
         if rows is None:
@@ -135,7 +146,7 @@ class StackedBatchNorm(nn.Module):
 
 
 class StackedConv(nn.Module):
-    """Depthwise then pointwise convolution on E edges at once; the edges read S sources or each its own input."""
+    """Depthwise then pointwise convolution on E edges at once, which read S sources or each its own input."""
 
     def __init__(self, edges: int, channels: int, kernel: int, stride: int, dilation: int) -> None:
         super().__init__()
@@ -151,23 +162,24 @@ class StackedConv(nn.Module):
     def forward(self, x: Tensor, sources: int, rows: Tensor | None = None) -> Tensor:
         """(B, S*C, H, W) -> (B, E'*C, H', W'), edges sorted by source and equally many on each.
 
-        The edges are `rows` (None: all); `sources` S is at most their number, and equal to it if each has its own input.
+        The edges are `rows` (None: all); `sources` S is at most their number, and equal to it if
+        each has its own input.
         """
         dw, pw = (self.dw, self.pw) if rows is None else (self.dw[rows], self.pw[rows])
         edges, channels = dw.shape[:2]
-        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         if channels <= FOLD_MAX_CHANNELS:
-            dense = pw[..., None, None] * dw[:, None]
-            return F.conv2d(x, dense.flatten(0, 1), groups=sources, **geometry)
+            dense = (pw[..., None, None] * dw[:, None]).flatten(0, 1)
+            return F.conv2d(x, dense, None, self.stride, self.padding, self.dilation, groups=sources)
         if sources != edges:
             x = repeat_sources(x, sources, edges // sources)
-        depthwise = F.conv2d(x, dw.reshape(-1, 1, *dw.shape[2:]), groups=edges * channels, **geometry)
+        kernel, groups = dw.reshape(-1, 1, *dw.shape[2:]), edges * channels
+        depthwise = F.conv2d(x, kernel, None, self.stride, self.padding, self.dilation, groups=groups)
         return F.conv2d(depthwise, pw.reshape(-1, channels, 1, 1), groups=edges)
 
 
 def repeat_sources(x: Tensor, sources: int, times: int) -> Tensor:
     """(B, S*C, H, W) -> (B, S*times*C, H, W): every source once per edge that leaves it."""
-    split = x.unflatten(1, (sources, 1, -1))
+    split = torch.unflatten(x, 1, (sources, 1, -1))
     return split.expand(-1, -1, times, -1, -1, -1).flatten(1, 3)
 
 
@@ -196,7 +208,7 @@ class StackedSeparable(nn.Module):
 
 
 class StackedReduce(nn.Module):
-    """The stride-2 skip on E edges: FactorizedReduce as one 2x2 convolution whose kernels hold one pixel each."""
+    """The stride-2 skip on E edges: FactorizedReduce as one 2x2 convolution with one pixel in each kernel."""
 
     def __init__(self, edges: int, channels: int) -> None:
         super().__init__()
@@ -217,7 +229,7 @@ class StackedReduce(nn.Module):
         return out
 
 
-# --- cell -----------------------------------------------------------------------------------------------------------------------
+# --- cell ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,7 +245,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class FanOutPlan:
-    """Which edges run which operation, as index tensors on the device; made once for each pattern of active options."""
+    """Which edges run which operation, as index tensors on the device.
+
+    Made once for each pattern of active options.
+    """
 
     edges: dict[str, tuple[int, ...]]
     index: dict[str, Tensor]
@@ -243,9 +258,10 @@ class FanOutPlan:
 
 
 class FanOut(nn.Module):
-    """All edges from some source nodes to some target nodes, every source to every target, with all operations on them.
+    """All edges from some source nodes to some target nodes, every source to every target, and all their ops.
 
-    Edge `s * T + t` leads from source s to target t; `edge_rows` gives its row in the cell's tables of choices.
+    Edge `s * T + t` leads from source s to target t; `edge_rows` gives its row in the cell's
+    tables of choices.
     """
 
     def __init__(
@@ -284,10 +300,11 @@ class FanOut(nn.Module):
     ) -> Tensor:
         """Sources (B, S*C, H, W) -> sums over the sources (B, T, C, H', W'), one for each target.
 
-        `gate` (S*T, options) and `active` are those of this fan-out's edges; `keep` (B, S*T) are the factors of drop-path.
+        `gate` (S*T, options) and `active` are those of this fan-out's edges; `keep` (B, S*T) are the
+        factors of drop-path.
         """
         plan = self._plan(active, x.device)
-        sources, edges = len(self.sources), len(self.edge_rows)
+        sources, targets, edges = len(self.sources), len(self.targets), len(self.edge_rows)
         total = self._without_weights(x, gate, plan, keep, noise)
         rectified = F.relu(x) if any(plan.edges[op] for op in self.weighted) else x
         everywhere: Tensor | None = None
@@ -298,22 +315,23 @@ class FanOut(nn.Module):
                 everywhere = y if everywhere is None else everywhere + y
             elif plan.edges[op]:
                 index = plan.index[op]
-                inputs = rectified.unflatten(1, (sources, -1))[:, index // len(self.targets)].flatten(1, 2)
-                y = module(inputs, len(index), plan.rows[op], scale[index]).unflatten(1, (len(index), -1))
+                inputs = torch.unflatten(rectified, 1, (sources, -1))[:, index // targets].flatten(1, 2)
+                y = module(inputs, len(index), plan.rows[op], scale[index])
+                y = torch.unflatten(y, 1, (len(index), -1))
                 if keep is not None:
                     y = y * keep[:, index, None, None, None]
                 if total is None:
-                    total = y.new_zeros(y.shape[0], len(self.targets), *y.shape[2:])
-                total = total.index_add(1, index % len(self.targets), y)
+                    total = y.new_zeros(y.shape[0], targets, *y.shape[2:])
+                total = total.index_add(1, index % targets, y)
         if everywhere is not None:
-            y = everywhere.unflatten(1, (edges, -1))
+            y = torch.unflatten(everywhere, 1, (edges, -1))
             if keep is not None:
                 y = y * keep[:, :, None, None, None]
             for part in y.chunk(sources, dim=1):
                 total = part if total is None else total + part
         if total is None:
             size = [math.ceil(side / self.stride) for side in x.shape[-2:]]
-            total = x.new_zeros(x.shape[0], len(self.targets), self.channels, *size)
+            total = x.new_zeros(x.shape[0], targets, self.channels, *size)
         return total
 
     def _plan(self, active: tuple[tuple[int, ...], ...], device: torch.device) -> FanOutPlan:
@@ -336,7 +354,10 @@ class FanOut(nn.Module):
     def _without_weights(
         self, x: Tensor, gate: Tensor, plan: FanOutPlan, keep: Tensor | None, noise: Noise
     ) -> Tensor | None:
-        """The part of pools and identity skips, computed once per source and combined into the targets by one product."""
+        """The part of operations without weights, None where none of them runs.
+
+        Pools and identity skips are computed once per source and combined into the targets by one product.
+        """
         sources, targets = len(self.sources), len(self.targets)
         dropping = self.training and noise.skip_dropout > 0
         terms: list[Tensor] = []
@@ -359,19 +380,23 @@ class FanOut(nn.Module):
                 y = self._per_edge(op, x, plan, noise) * weight[:, None, None, None]
                 if keep is not None:
                     y = y * keep[:, :, None, None, None]
-                y = y.unflatten(1, (sources, targets)).sum(1)
+                y = torch.unflatten(y, 1, (sources, targets)).sum(1)
                 extra = y if extra is None else extra + y
         if not terms:
             return extra
-        stacked = torch.cat(terms, dim=1).unflatten(1, (len(terms) * sources, -1)).flatten(2)
+        stacked = torch.unflatten(torch.cat(terms, dim=1), 1, (len(terms) * sources, -1)).flatten(2)
         mixing = torch.stack(coefficients).view(len(terms) * sources, targets).t()
         if keep is not None:
-            mixing = mixing * keep.unflatten(1, (sources, targets)).transpose(1, 2).repeat(1, 1, len(terms))
-        total = torch.matmul(mixing, stacked).unflatten(2, (self.channels, *terms[0].shape[2:]))
+            factors = torch.unflatten(keep, 1, (sources, targets)).transpose(1, 2)
+            mixing = mixing * factors.repeat(1, 1, len(terms))
+        total = torch.unflatten(torch.matmul(mixing, stacked), 2, (self.channels, *terms[0].shape[2:]))
         return total if extra is None else total + extra
 
     def _pool(self, op: str, x: Tensor, plan: FanOutPlan) -> Tensor:
-        """Pool and batch norm of the sources with the batch's statistics, which enter the running ones of every edge."""
+        """Pool and batch norm of the sources with the batch's statistics.
+
+        These enter the running ones of every edge that runs `op`.
+        """
         norm = self.pool_norms[op]
         assert isinstance(norm, StackedBatchNorm)
         y = pool(op, x, self.stride)
@@ -390,27 +415,24 @@ class FanOut(nn.Module):
         return out
 
     def _per_edge(self, op: str, x: Tensor, plan: FanOutPlan, noise: Noise) -> Tensor:
-        """Output (B, S*T, C, H', W') of an operation without weights that differs between edges of one source."""
+        """Output (B, S*T, C, H', W') of an operation without weights whose edges from one source differ."""
         edges = len(self.edge_rows)
         if op == "noise":
             size = [math.ceil(side / self.stride) for side in x.shape[-2:]]
             shape = (x.shape[0], edges, self.channels, *size)
             return torch.randn(shape, generator=noise.generator, dtype=x.dtype, device=x.device)
         if op == "skip_connect":
-            copies = repeat_sources(x, len(self.sources), len(self.targets)).unflatten(1, (edges, -1))
-            kept = (
-                torch.rand(copies.shape, generator=noise.generator, dtype=x.dtype, device=x.device)
-                >= noise.skip_dropout
-            )
-            return copies * kept / (1 - noise.skip_dropout)
+            copies = repeat_sources(x, len(self.sources), len(self.targets))
+            copies = torch.unflatten(copies, 1, (edges, -1))
+            draws = torch.rand(copies.shape, generator=noise.generator, dtype=x.dtype, device=x.device)
+            return copies * (draws >= noise.skip_dropout) / (1 - noise.skip_dropout)
         # Evaluation: every edge's pool has running statistics of its own.
         norm = self.pool_norms[op]
         assert isinstance(norm, StackedBatchNorm)
-        copies = repeat_sources(pool(op, x, self.stride), len(self.sources), len(self.targets)).unflatten(
-            1, (edges, -1)
-        )
+        copies = repeat_sources(pool(op, x, self.stride), len(self.sources), len(self.targets))
+        copies = torch.unflatten(copies, 1, (edges, -1))
         members = torch.tensor(self.members[op], device=x.device)
-        y = norm(copies[:, members].flatten(1, 2)).unflatten(1, (len(members), -1))
+        y = torch.unflatten(norm(copies[:, members].flatten(1, 2)), 1, (len(members), -1))
         return torch.zeros_like(copies).index_copy(1, members, y)
 
 
@@ -423,13 +445,16 @@ def pool(op: str, x: Tensor, stride: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CellGates:
-    """The gates of one cell type, arranged for its fan-outs; made once per forward and used by every cell of the type."""
+    """The gates of one cell type, arranged for its fan-outs.
+
+    Made once per forward and used by every cell of the type.
+    """
 
     ops: list[Tensor]
     """For every fan-out, effective weight (edges, options): operation times edge."""
     active: list[tuple[tuple[int, ...], ...]]
     edges: list[Tensor | None]
-    """For every fan-out, weight (S, T) of the edges themselves, which the bypassed channels carry; None is 1."""
+    """For every fan-out, weight (S, T) of the edges themselves, which bypassed channels carry; None is 1."""
 
 
 class SupernetCell(nn.Module):
@@ -448,7 +473,7 @@ class SupernetCell(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.type: CellType = "reduce" if reduction else "normal"
+        self.cell_type: CellType = "reduce" if reduction else "normal"
         self.nodes, self.channels, self.part = space.nodes, channels, channels // config.partial_channels
         self.stride = 2 if reduction else 1
         first = FactorizedReduce if after_reduction else ReLUConvBN
@@ -472,19 +497,16 @@ class SupernetCell(nn.Module):
                 ready += 1
             keep = self._drop_path(states[0], len(fan.edge_rows), noise)
             xs = [states[source] for source in fan.sources]
+            rest: Tensor | None = None
             if self.config.channel_mix == "mask":
-                outputs, rest = self._masked(fan, xs[0], ops, active, edges, keep, noise), None
+                outputs = self._masked(fan, xs[0], ops, active, edges, keep, noise)
+            elif self.part == self.channels:
+                outputs = fan(concatenate(xs), ops, active, keep, noise)
             else:
-                parts = [
-                    x.split([self.part, x.shape[1] - self.part], dim=1) if self.part < x.shape[1] else (x,)
-                    for x in xs
-                ]
+                sizes = [self.part, self.channels - self.part]
+                parts = [torch.split(x, sizes, dim=1) for x in xs]
                 outputs = fan(concatenate([part[0] for part in parts]), ops, active, keep, noise)
-                rest = (
-                    self._bypass(fan, [part[1] for part in parts], edges, keep)
-                    if self.part < self.channels
-                    else None
-                )
+                rest = self._bypass(fan, [part[1] for part in parts], edges, keep)
             for index, target in enumerate(fan.targets):
                 accumulate(mixed, target, outputs[:, index])
                 if rest is not None:
@@ -493,7 +515,7 @@ class SupernetCell(nn.Module):
         return torch.cat(states[2:], dim=1)
 
     def _node(self, mixed: Tensor, bypassed: Tensor | None) -> Tensor:
-        """Mixed slice (B, C/K, H, W) and bypassed channels -> the node, its channels in the order that the next edge reads."""
+        """Mixed slice (B, C/K, H, W) and bypassed channels -> the node, ordered as the next edge reads it."""
         if bypassed is None:
             return mixed
         if self.config.channel_mix == "shift":
@@ -510,11 +532,11 @@ class SupernetCell(nn.Module):
         if edges is None and keep is None:
             return sum_of(rest)[:, None].expand(-1, targets, -1, -1, -1)
         weight = rest[0].new_ones(sources, targets) if edges is None else edges
-        mixing = (
-            weight.t() if keep is None else (weight * keep.unflatten(1, (sources, targets))).transpose(1, 2)
-        )
+        if keep is not None:
+            weight = weight * torch.unflatten(keep, 1, (sources, targets))
         stacked = torch.stack(rest, dim=1)
-        return torch.matmul(mixing, stacked.flatten(2)).unflatten(2, stacked.shape[2:])
+        sums = torch.matmul(weight.transpose(-2, -1), stacked.flatten(2))
+        return torch.unflatten(sums, 2, stacked.shape[2:])
 
     def _masked(
         self,
@@ -526,12 +548,12 @@ class SupernetCell(nn.Module):
         keep: Tensor | None,
         noise: Noise,
     ) -> Tensor:
-        """One edge under the paper's mask: a random 1/K of the channels is mixed and put back where it came from."""
+        """One edge under the paper's mask: a random 1/K of the channels is mixed and put back in place."""
         order = torch.arange(self.channels, device=x.device)
         if self.training and self.part < self.channels:
             order = torch.randperm(self.channels, generator=noise.generator, device=x.device)
-        chosen, rest = order.split([self.part, self.channels - self.part])
-        out = fan(x[:, chosen], ops, active, keep, noise)
+        chosen, rest = torch.split(order, [self.part, self.channels - self.part])
+        out: Tensor = fan(x[:, chosen], ops, active, keep, noise)
         if len(rest):
             out = torch.cat([out, self._bypass(fan, [x[:, rest]], edges, keep)], dim=2)
         return out[:, :, order.argsort()]
@@ -546,7 +568,10 @@ class SupernetCell(nn.Module):
 
 
 def fan_outs(nodes: int, *, single: bool = False) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(sources, targets) of a cell's fan-outs: both inputs together, then node by node; or (`single`) edge by edge."""
+    """(sources, targets) of a cell's fan-outs: both inputs together, then node by node.
+
+    With `single` they are taken apart edge by edge.
+    """
     last = nodes + 2
     fans: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((0, 1), tuple(range(2, last)))]
     fans += [((node,), tuple(range(node + 1, last))) for node in range(2, last - 1)]
@@ -575,15 +600,17 @@ def accumulate(sums: dict[int, Tensor], key: int, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value
 
 
-# --- network --------------------------------------------------------------------------------------------------------------------
+# --- network ------------------------------------------------------------------------------------------------
 
 
 class CellSupernet(nn.Module):
     """Supernet of stacked cells; holds weights only, the architecture comes in with the gates.
 
-    Batch norms inside cells have no affine parameters, the stem's have; reduction cells sit at a third and two thirds, and double
-    the width. Build it with `CellSupernetConfig.build`.
+    Batch norms inside cells have no affine parameters, the stem's have; reduction cells sit at a third and
+    two thirds, and double the width. Build it with `CellSupernetConfig.build`.
     """
+
+    _edge_index: Tensor
 
     def __init__(
         self,
@@ -627,8 +654,8 @@ class CellSupernet(nn.Module):
             before, last = last, space.nodes * channels
             after_reduction = reduction
         self.head = nn.Linear(last, classes)
-        width = space.nodes + 1
-        index = [(node - 2) * width + source for node, source in space.edges]
+        columns = space.nodes + 1
+        index = [(node - 2) * columns + source for node, source in space.edges]
         self.register_buffer("_edge_index", torch.tensor(index), persistent=False)
         for number, (sources, targets) in enumerate(
             fan_outs(space.nodes, single=config.channel_mix == "mask")
@@ -643,7 +670,7 @@ class CellSupernet(nn.Module):
         s1 = s0 if self.stem1 is None else self.stem1(s0)
         for cell in self.cells:
             assert isinstance(cell, SupernetCell)
-            s0, s1 = s1, cell(s0, s1, arranged[cell.type], self.noise)
+            s0, s1 = s1, cell(s0, s1, arranged[cell.cell_type], self.noise)
         logits: Tensor = self.head(s1.mean(dim=(2, 3)))
         return logits
 
@@ -653,8 +680,10 @@ class CellSupernet(nn.Module):
         edge_weights: Tensor | None = None
         if input_gate is not None:
             edge_weights = input_gate.weights.flatten()[self._edge_index]
-            weights = weights * edge_weights[:, None]
             kept = [source in input_gate.active[node - 2] for node, source in self.space.edges]
+            if not all(kept):  # bypassed channels of an edge that does not run are nothing either
+                edge_weights = edge_weights * edge_weights.new_tensor(kept)
+            weights = weights * edge_weights[:, None]
             active = tuple(ops if keep else () for ops, keep in zip(active, kept, strict=True))
         result = CellGates([], [], [])
         for number, (sources, targets) in enumerate(

@@ -1,8 +1,9 @@
 """The cell supernet's tensors by edge: one name for each weight of each operation on each edge.
 
-The stacked supernet keeps all edges of a fan-out in one tensor. Here every tensor gets the name and the shape that it has in an
-implementation with one module per edge and operation, e.g. `cell2.edge5.sep_conv_3x3.dw1.w`, as a *view*: copying into the views loads
-a checkpoint of that form, cloning them saves one.
+The stacked supernet keeps all edges of a fan-out in one tensor. Here every tensor gets the name and the
+shape that it has in an implementation with one module per edge and operation, e.g.
+`cell2.edge5.sep_conv_3x3.dw1.w`, as a *view*: copying into the views loads a checkpoint of that form,
+cloning them saves one.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ Read = Callable[[Tensor], Tensor | None]
 def edge_tensors(supernet: CellSupernet, read: Read = lambda tensor: tensor) -> dict[str, Tensor]:
     """Views of all weights and running statistics, by edge-form name.
 
-    `read` maps each tensor of the supernet to the one to be viewed, e.g. `lambda p: p.grad`; where it gives None the name is left out.
+    `read` maps each tensor of the supernet to the one to be viewed, e.g. `lambda p: p.grad`; where it gives
+    None the name is left out.
     """
     found = {}
     for name, tensor, view in _views(supernet):

@@ -137,6 +137,19 @@ def test_unshuffled_parts_are_halves_in_file_order() -> None:
     assert torch.equal(held_out.parts["arch"], torch.arange(40, 80))
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_search_sees_its_share_and_retraining_sees_everything(shuffle: bool) -> None:
+    config = DataConfig(valid=0.2, search_share=0.25, weights_share=0.8, shuffle=shuffle)
+    data = Data(load(config), config, 0, torch.device("cpu"))
+    train = data.size("train")
+    assert data.size("weights") + data.size("arch") == round(0.25 * train)
+    assert data.size("weights") == round(0.8 * round(0.25 * train))
+    seen = set(data.parts["weights"].tolist()) | set(data.parts["arch"].tolist())
+    assert len(seen) == round(0.25 * train)
+    assert seen < set(data.parts["train"].tolist())
+    assert not set(data.parts["train"].tolist()) & set(data.parts["valid"].tolist())
+
+
 def test_a_test_part_cut_from_the_source_is_disjoint_from_training() -> None:
     whole = load(DataConfig("digits", test=0.25))
     train = {image.tobytes() for image in whole.train_images}

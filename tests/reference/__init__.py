@@ -1,0 +1,1 @@
+"""Slow and obvious re-derivations that the package is compared with."""
