@@ -140,7 +140,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
     options = parser(study).parse_args(arguments)
     try:
         job = prepare(study, options)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     try:
@@ -177,11 +177,14 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     """Check everything that can be checked before Ray starts; writes nothing.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: what is wrong, in one sentence for the user.
+        ValueError, OSError: what is wrong, in one sentence for the user.
     """
     _check(options)
     changes = parse_changes(options.changes)
-    settings = Settings(options.preset, options.data, options.seeds, options.batch, changes)
+    objectives = tuple(options.objectives) if study.joint else ()
+    settings = Settings(
+        options.preset, options.data, options.seeds, options.batch, changes, options.scheduler, objectives
+    )
     plan(study, replace(settings, batch="fixed"))  # refuses a wrong field or value before the data is read
     base = resolve(study.base, settings)
     _check_selection(study, options, base)
@@ -204,10 +207,10 @@ def run(job: Job) -> None:
     remaining = job.joint_trials - (_finished_arm(folder, "searched") if options.resume else 0)
     print(job.study.question)
     print(f"{len(job.planned) + job.joint_trials} trials, {len(done)} finished before, in {folder}")
-    tune.connect(job.resources)
     try:
+        tune.connect(job.resources)
         tune.check_resources(job.resources)
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +218,7 @@ def run(job: Job) -> None:
     uri = options.tracking_uri or default_uri(folder)
     tracker = Tracker(uri, job.meta, folder)
     tracker.open()
-    recorder = Recorder(folder, tracker, Progress(todo, max(0, remaining)))
+    recorder = Recorder(folder, tracker, Progress(todo, job.base, max(0, remaining)))
     place = tune.Place(job.resources, {tune.data_key(job.base): job.arrays}, recorder, folder)
     try:
         if todo:
@@ -244,11 +247,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.cpus_per_trial <= 0:
         raise ValueError(f"--cpus-per-trial {options.cpus_per_trial:g} must be above 0")
     gpus = options.gpus_per_trial
-    if (
-        gpus < 0
-        or (0 < gpus < 1 and abs(1 / gpus - round(1 / gpus)) > 0.01)
-        or (gpus > 1 and gpus != int(gpus))
-    ):
+    if gpus < 0 or (0 < gpus < 1 and gpus * int(1 / gpus) < 0.98) or (gpus > 1 and gpus != int(gpus)):
         raise ValueError(
             f"--gpus-per-trial {gpus:g} must be 0, a whole number, or one over a whole number, e.g. 0.5"
         )
@@ -270,6 +269,10 @@ def _check_selection(study: Study, options: argparse.Namespace, base: Trial) -> 
     if study.joint and len(options.objectives) > 1 and name != "fifo":
         raise ValueError(
             f"--scheduler {name} needs one objective, not {' and '.join(options.objectives)}; use fifo"
+        )
+    if study.joint and options.batch != "fixed":
+        raise ValueError(
+            f"--batch {options.batch} matches the arms of a sweep, and a joint search has none; use fixed"
         )
     chooser = "a joint search" if study.joint else f"--scheduler {options.scheduler}"
     if (study.joint or options.scheduler != "fifo") and base.data.valid == 0:
@@ -300,7 +303,7 @@ def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
     """Folder of this run.
 
     Raises:
-        FileExistsError: it holds another study, or this one and `--resume` is not given.
+        FileExistsError: it is a file, holds another study, or holds this one and `--resume` is not given.
         FileNotFoundError: nothing to resume.
     """
     if options.out is None and options.resume:
@@ -314,6 +317,8 @@ def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
     if options.out is None:
         return Path("results") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder: Path = options.out
+    if folder.is_file():
+        raise FileExistsError(f"--out {folder} is a file; name a folder")
     if not (folder / "study.json").exists():
         if options.resume:
             raise FileNotFoundError(
@@ -401,11 +406,12 @@ def _describe(
 class Progress:
     """How far the study is, said in one line when a trial ends and every half minute."""
 
-    def __init__(self, todo: Sequence[Planned], joint_trials: int) -> None:
-        self.work = {p.trial.id: sum(s.epochs for s in p.trial.search) + p.trial.retrain.epochs for p in todo}
+    def __init__(self, todo: Sequence[Planned], base: Trial, joint_trials: int = 0) -> None:
+        self.work = {p.trial.id: _epochs(p.trial) for p in todo}
         self.trials = len(todo) + joint_trials
-        typical = max(self.work.values(), default=1)
-        self.total = sum(self.work.values()) + joint_trials * typical
+        self.joint = _epochs(base)
+        """Epochs of a trial that a joint search has yet to choose, roughly: choices may change them."""
+        self.total = sum(self.work.values()) + joint_trials * self.joint
         self.names: dict[str, str] = {}
         self.epochs: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
@@ -421,9 +427,7 @@ class Progress:
         else:
             self.ended[row["status"]] += 1
             # A trial that stops early owes no more epochs.
-            self.total -= max(
-                0, self.work.get(row["trial"], self.epochs[row["trial"]]) - self.epochs[row["trial"]]
-            )
+            self.total -= max(0, self.work.get(row["trial"], self.joint) - self.epochs[row["trial"]])
             error = row["metrics"].get("valid_error")
             if error is not None and (self.best is None or error < self.best[0]):
                 self.best = (error, self.names.get(row["trial"], row["trial"]))
@@ -438,11 +442,15 @@ class Progress:
         best = (
             f"best validation error {100 * self.best[0]:.2f} % ({self.best[1]})"
             if self.best
-            else "no trial finished yet"
+            else "no validation error yet"
         )
         others = ", ".join(f"{n} {status}" for status, n in self.ended.items() if status != "completed")
         ended = f"[{sum(self.ended.values())}/{self.trials} trials" + (f", {others}]" if others else "]")
         return f"{ended} {_clock(elapsed)} gone, about {left} left, {best}"
+
+
+def _epochs(trial: Trial) -> int:
+    return sum(stage.epochs for stage in trial.search) + trial.retrain.epochs
 
 
 def _clock(seconds: float) -> str:

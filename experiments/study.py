@@ -103,6 +103,9 @@ class Settings:
     seeds: int | None = None
     batch: Batch = "fixed"
     changes: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: SchedulerName = "fifo"
+    objectives: tuple[str, ...] = ()
+    """What a joint search minimises."""
 
 
 @dataclass(frozen=True)
@@ -228,15 +231,20 @@ def _check_changes(study: Study, changes: Mapping[str, Any]) -> None:
                 f"or are short names: {', '.join(SHORT)}"
             )
     swept = {name: one.name for one in study.axes for values in one.values.values() for name in values}
-    swept |= {SHORT.get(name, name): name for name in study.joint}
+    swept |= {"search" if name in study.named else SHORT.get(name, name): name for name in study.joint}
     for name in changes:
         for other, label in swept.items():
-            if name == other or name.startswith(f"{other}.") or other.startswith(f"{name}."):
+            if _overlap(name, other):
                 raise ValueError(f"--set {name}: the study {study.name} varies {label} itself; leave it out")
         if name.startswith(("seeds.search", "seeds.retrain")):
             raise ValueError(f"--set {name}: seeds are counted by --seeds; only seeds.split can be set")
         if name == "data.source":
             raise ValueError("--set data.source: use --data")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether a dotted name is the other, or a field of it, or it of this one; `*` is every stage."""
+    return all(a == b or "*" in (a, b) for a, b in zip(one.split("."), other.split("."), strict=False))
 
 
 # The batch of a sweep over K
@@ -299,18 +307,24 @@ def _bytes_per_image(trial: Trial, stage: SearchStage, shape: DataShape) -> floa
             channels_in=shape.channels,
             stem=stage.stem,
         )
-    images = torch.zeros(2, shape.channels, shape.image_size, shape.image_size)
-    return saved_activation_bytes(supernet, images) / len(images)
+    few, more = (
+        saved_activation_bytes(
+            supernet, torch.zeros(count, shape.channels, shape.image_size, shape.image_size)
+        )
+        for count in (2, 4)
+    )
+    return (more - few) / 2  # what a batch takes at any size, e.g. joined weights, cancels out
 
 
 # Identity
 
 
 def study_id(study: Study, settings: Settings, planned: Sequence[Planned]) -> str:
-    """12 hex digits that two runs share when they are one study: same question, same trials."""
+    """12 hex digits that two runs share when they are one study: same question and trials, stopped alike."""
     joint = {name: repr(domain) for name, domain in study.joint.items()}
     base = resolve(study.base, settings).id
-    text = json.dumps([study.name, settings.preset, base, joint, sorted(p.trial.id for p in planned)])
+    chosen = [settings.scheduler, *settings.objectives]
+    text = json.dumps([study.name, settings.preset, base, joint, chosen, sorted(p.trial.id for p in planned)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

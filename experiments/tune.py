@@ -152,11 +152,15 @@ class TrialActor(tune.Trainable):
             return {"rows": [*rows, self._end("diverged", reason=str(error))], "done": True}
         except (MemoryError, torch.OutOfMemoryError) as error:
             return {"rows": [*rows, self._end("oom", reason=str(error))], "done": True}
+        return self._result(self.run, epoch, rows)
+
+    def _result(self, run: TrialRun, epoch: Row, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What Tune is told of an epoch, `rows` before it included."""
         rows.append(self._epoch(epoch))
-        result: dict[str, Any] = {"rows": rows, "done": self.run.done, "params_m": self.run.params_m}
+        result: dict[str, Any] = {"rows": rows, "done": run.done, "params_m": run.params_m}
         if epoch.stage == "retrain":
             result |= {METRIC: epoch.metrics["valid_error"], TIME: epoch.epoch + 1}
-        if self.run.done:
+        if run.done:
             rows.append(self._end("completed"))
         elif epoch.stage_end or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             result["should_checkpoint"] = True
@@ -257,6 +261,11 @@ class Forward(tune.Callback):
         # Tune pickles its callbacks for a restore of its own; here records say what is done.
         return {}
 
+    @property
+    def ended(self) -> int:
+        """How many trials have ended, in whatever way."""
+        return sum(row["kind"] == "end" for row in self.last.values())
+
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Remember what the trial was planned to be."""
         self.planned.setdefault(trial.trial_id, trial.config["planned"])
@@ -326,7 +335,7 @@ class Forward(tune.Callback):
 
 
 class RetrainHyperBand(HyperBandScheduler):
-    """HyperBand that lets results without a retraining epoch pass, as the other schedulers do by themselves."""
+    """HyperBand that lets results without a retraining epoch pass, as other schedulers do by themselves."""
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Decide on a retraining epoch; a search goes on."""
@@ -336,7 +345,25 @@ class RetrainHyperBand(HyperBandScheduler):
         return decision
 
 
-def scheduler(name: SchedulerName, epochs: int, seed: int = 0) -> TrialScheduler:
+class RetrainMedian(MedianStoppingRule):
+    """Median stopping that a trial without a last retraining epoch, such as a diverged one, does not trip."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """Count a last retraining epoch."""
+        if TIME in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+class RetrainOptuna(OptunaSearch):
+    """Optuna's samplers, told of retraining epochs only: a search reports nothing that they compare."""
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass a retraining epoch on."""
+        if TIME in result:
+            super().on_trial_result(trial_id, result)
+
+
+def scheduler(name: SchedulerName, epochs: int) -> TrialScheduler:
     """Scheduler that counts retraining epochs only, `epochs` at most."""
     match name:
         case "fifo":
@@ -355,7 +382,7 @@ def scheduler(name: SchedulerName, epochs: int, seed: int = 0) -> TrialScheduler
             return RetrainHyperBand(time_attr=TIME, max_t=epochs, metric=METRIC, mode="min")
         case "median":
             grace = max(1, epochs // 4)
-            return MedianStoppingRule(
+            return RetrainMedian(
                 time_attr=TIME, grace_period=grace, min_samples_required=3, metric=METRIC, mode="min"
             )
         case "pbt":
@@ -383,7 +410,8 @@ def run_planned(
     configs = [configuration(p, place.resources, restore.get(p.trial.id)) for p in planned]
     epochs = max(p.trial.retrain.epochs for p in planned)
     if scheduler_name != "pbt":
-        _fit({"planned": tune.grid_search(configs)}, _tuning(place, scheduler_name, epochs), place, keep=2)
+        space: dict[str, Any] = {"planned": tune.grid_search(configs)}
+        _fit(space, _tuning(place, scheduler_name, epochs), place, trials=len(configs), keep=2)
         return
     # A member that copied one of another arm would belong to that arm: each arm is a population of its own.
     for arm in dict.fromkeys(p.arm for p in planned):
@@ -394,7 +422,8 @@ def run_planned(
         ]
         # PBT still needs checkpoints that a kept number of two would have deleted.
         space = {"planned": tune.grid_search(population), **PBT_FIELDS}
-        _fit(space, _tuning(place, scheduler_name, epochs), place, keep=None)
+        tuning = _tuning(place, scheduler_name, epochs)
+        _fit(space, tuning, place, trials=len(population), keep=None)
 
 
 def _tuning(place: Place, scheduler_name: SchedulerName, epochs: int) -> tune.TuneConfig:
@@ -430,12 +459,15 @@ def run_joint(
     several = len(metrics) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        search = OptunaSearch(
+        journal = JournalStorage(JournalFileBackend(str(place.folder / "optuna.log")))
+        known = sum(journal.get_n_trials(study._study_id) for study in journal.get_all_studies())
+        search = RetrainOptuna(
             metric=metrics if several else metrics[0],
             mode=["min"] * len(metrics) if several else "min",
-            storage=JournalStorage(JournalFileBackend(str(place.folder / "optuna.log"))),
+            storage=journal,
             study_name="joint",
-            seed=joint.base.trial.seeds.search,
+            # Samplers start anew: from the same seed a resumed study would draw its first trials again.
+            seed=joint.base.trial.seeds.search + known,
         )
     tuning = tune.TuneConfig(
         search_alg=search,
@@ -443,7 +475,7 @@ def run_joint(
         max_concurrent_trials=place.resources.max_concurrent or slots(place.resources),
         scheduler=None if several else scheduler(scheduler_name, joint.base.trial.retrain.epochs),
     )
-    _fit(space, tuning, place, keep=2)
+    _fit(space, tuning, place, trials=trials, keep=2)
 
 
 OBJECTIVES = {"error": METRIC, "params": "params_m"}
@@ -458,7 +490,15 @@ def slots(resources: Resources) -> int:
     return max(1, int(min(by_cpu, by_gpu, resources.max_concurrent or float("inf"))))
 
 
-def _fit(space: dict[str, Any], tuning: tune.TuneConfig, place: Place, *, keep: int | None) -> None:
+def _fit(
+    space: dict[str, Any], tuning: tune.TuneConfig, place: Place, *, trials: int, keep: int | None
+) -> None:
+    """Run `trials` trials to their ends.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C. Tune finishes the epochs under way, and returns as if all were done.
+    """
+    forward = Forward(place.recorder)
     tuning.reuse_actors = True
     tuning.trial_name_creator = tuning.trial_dirname_creator = _trial_name
     bundle = {"CPU": place.resources.cpus_per_trial, "GPU": place.resources.gpus_per_trial}
@@ -474,12 +514,14 @@ def _fit(space: dict[str, Any], tuning: tune.TuneConfig, place: Place, *, keep: 
             name=f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
             storage_path=str(place.folder.resolve() / "tune"),
             verbose=0,
-            callbacks=[Forward(place.recorder)],
+            callbacks=[forward],
             failure_config=tune.FailureConfig(max_failures=3),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=keep),
         ),
     )
     tuner.fit()
+    if forward.ended < trials:
+        raise KeyboardInterrupt
 
 
 def _trial_name(trial: TuneTrial) -> str:

@@ -56,8 +56,8 @@ _PC_DARTS_STAGE = SearchStage(frozen_epochs=15, batch_size=256, lr=Cosine(0.1))
 def p_darts_stages(dropout: tuple[float, float, float] = (0.0, 0.4, 0.7)) -> tuple[SearchStage, ...]:
     """The three stages of P-DARTS: 5, 11, 17 cells with 8, 5, 3 operations per edge.
 
-    `dropout` after skips is the paper's for CIFAR-10; for CIFAR-100 it says 0.1, 0.2, 0.3, and the README of its
-    code 0.1, 0.4, 0.7.
+    `dropout` after skips is the paper's for CIFAR-10; for CIFAR-100 it says 0.1, 0.2, 0.3, and its code's
+    README 0.1, 0.4, 0.7.
     """
     base = SearchStage(epochs=25, frozen_epochs=10, batch_size=96, lr=Cosine(0.025))
     return tuple(
@@ -139,7 +139,7 @@ def laptop(trial: Trial) -> Trial:
 
     Widths, depths and epochs keep their proportions between stages; a part of the images is held out.
     """
-    return _shrunk(trial, _Size(search_epochs=12, retrain_epochs=15, cells=5, batch_size=64))
+    return _shrunk(trial, _Size(search_epochs=9, retrain_epochs=12, cells=5, batch_size=64))
 
 
 def tiny(trial: Trial) -> Trial:
@@ -159,7 +159,7 @@ def on_digits(trial: Trial) -> Trial:
 
 
 _CELLS = 8
-"""Cells of a published supernet; depths shrink in proportion, to no fewer than a normal and two reduction cells."""
+"""Cells of a published supernet; depths shrink in proportion, to no fewer than three."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class RetrainRun:
         self.epoch = 0
         reset_peak_memory(device)
         with seeded(seed, "init", "retrain"):
-            self.network = Network(
+            network = Network(
                 genotype,
                 channels=stage.channels,
                 cells=stage.cells,
@@ -84,7 +84,9 @@ class RetrainRun:
                 stem=stage.stem,
                 auxiliary=stage.auxiliary_weight > 0,
                 auxiliary_norm=stage.auxiliary_norm,
-            ).to(device)
+            )
+        # Channels last: depthwise convolutions are faster so.
+        self.network = network.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=stage.lr.at(0, stage.epochs),
@@ -141,7 +143,7 @@ class RetrainRun:
     def _train_step(self, batch: Batch, average: Average) -> None:
         images, labels = batch
         self.optimizer.zero_grad()
-        logits, auxiliary = self.network(images)
+        logits, auxiliary = self.network(images.to(memory_format=torch.channels_last))
         loss = retrain_loss(
             logits,
             auxiliary,
@@ -169,7 +171,7 @@ class RetrainRun:
         self.network.eval()
         with torch.no_grad():
             for images, labels in self.data.batches(part, self.stage.batch_size, order=None):
-                logits, _ = self.network(images)
+                logits, _ = self.network(images.to(memory_format=torch.channels_last))
                 average.add(F.cross_entropy(logits, labels), logits, labels)
         return average.read()
 

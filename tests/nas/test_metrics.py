@@ -1,13 +1,13 @@
 """What is measured of a search: known values of every metric, and that measuring changes nothing."""
 
 import math
+import mmap
 import random
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from nas.gates import one_hot
 from nas.genotype import Cell, Genotype
@@ -33,7 +33,7 @@ from nas.supernets.cell import CellSupernetConfig, Noise
 
 CPU = torch.device("cpu")
 SKIP, SEP3 = "skip_connect", "sep_conv_3x3"
-SMALL = CellSpace(nodes=2, ops=("none", SKIP, SEP3, "max_pool_3x3"))
+SMALL = CellSpace(name="small", nodes=2, ops=("none", SKIP, SEP3, "max_pool_3x3"))
 GENOTYPE = SMALL.sample(random.Random(0))
 
 
@@ -225,7 +225,7 @@ def test_one_hot_gates_are_those_of_the_genotypes_picks() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_search_that_has_decided_everything_loses_nothing(seed: int) -> None:
-    """Soft gates that are one-hot, `none` on every other edge, give the quality of the genotype they derive."""
+    """Soft gates that are one-hot, with `none` on every other edge, are those of the genotype they derive."""
     state, genotype = state_of(), SMALL.sample(random.Random(seed))
     picks = SMALL.picks(genotype)
     for name in state.arch.logits:
@@ -251,6 +251,12 @@ def test_undecided_gates_do_lose_something() -> None:
 # Memory
 
 
+def hold_for_a_moment(megabytes: int) -> None:
+    """Touch fresh pages and give them back; an allocator might serve ones that it holds already."""
+    with mmap.mmap(-1, megabytes * 2**20) as block:
+        block.write(bytes(megabytes * 2**20))
+
+
 def test_peak_memory_is_that_since_the_last_reset() -> None:
     assert peak_memory_mb(CPU) > 0
     try:
@@ -258,9 +264,8 @@ def test_peak_memory_is_that_since_the_last_reset() -> None:
     except OSError:
         pytest.skip("this system does not let a process reset its peak")
     before = peak_memory_mb(CPU)
-    block: Tensor | None = torch.ones(64 * 2**20)  # 256 MB
-    del block
+    hold_for_a_moment(200)
     peak = peak_memory_mb(CPU)
-    assert peak >= before + 200
+    assert peak >= before + 190
     reset_peak_memory(CPU)
-    assert peak_memory_mb(CPU) <= peak - 200
+    assert peak_memory_mb(CPU) <= peak - 190

@@ -167,8 +167,16 @@ def test_the_retraining_seed_changes_the_retraining_only(name: str) -> None:
 
 def test_the_search_seed_changes_the_search() -> None:
     trial = TRIALS["pc_darts"]
-    first, second = alone(trial), run(replace(trial, seeds=Seeds(search=1)))
-    assert not set(second.search) & set(first.search)
+    other = replace(trial, seeds=Seeds(search=1))
+    assert not set(run(other).search) & set(alone(trial).search)
+    # Both starts are drawn anew: that of every table of logits, and that of the weights.
+    one, two = fresh(trial).search.state, fresh(other).search.state
+    assert one is not None
+    assert two is not None
+    assert not any(
+        torch.equal(a, b) for a, b in zip(one.arch.parameters(), two.arch.parameters(), strict=True)
+    )
+    assert not torch.equal(one.supernet.head.weight, two.supernet.head.weight)
 
 
 def test_a_random_genotype_is_drawn_by_the_search_seed() -> None:
