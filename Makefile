@@ -1,8 +1,8 @@
 # Entry points for people and for CI; `make help` lists them.
 # Further arguments of a command go in ARGS, e.g. make test ARGS="-k streams".
 
-# An active virtual or conda environment is used as it is; without one, .venv is created here.
-ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+# An active virtual or conda environment (other than base) is used as it is; without one, .venv is created here.
+ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
 ENV    := $(or $(ACTIVE),.venv)
 PYTHON := $(ENV)/bin/python
 

@@ -32,7 +32,10 @@ _STAGES = ("search", "retrain")
 
 
 def error_by_arm(tables: Tables) -> Figure:
-    """Test error of every finished run by arm, with means, 95 % intervals and the band of random behind."""
+    """Test error of every finished run by arm, with means, 95 % intervals and the band of random behind.
+
+    An arm without an interval in `summarise` has its mean alone.
+    """
     summary = summarise(tables)
     figure = _figure(_title(tables), 1.1 + 0.62 * max(len(summary), 1))
     axes = figure.add_subplot()
@@ -247,9 +250,12 @@ def _draw_band(axes: Axes, mean: float, low: float, high: float) -> None:
 
 
 def _error_handles(summary: pd.DataFrame, limits: tuple[float, float]) -> list[Artist]:
+    has_interval = summary["error_low"].notna().any()
+    mean = Line2D([], [], color=INK, marker="D", markersize=5.5, linewidth=1.8 if has_interval else 0)
+    mean.set_label("mean and 95 % interval" if has_interval else "mean")
     handles: list[Artist] = [
         Line2D([], [], color=BLUE, marker="o", linestyle="", markersize=5, alpha=0.75, label="one run"),
-        Line2D([], [], color=INK, marker="D", markersize=5.5, linewidth=1.8, label="mean and 95 % interval"),
+        mean,
     ]
     baseline = summary[summary["role"] == "baseline"]
     if baseline["n"].sum():

@@ -35,8 +35,10 @@ END_METRICS = (
     "params_m",
     "madds_m",
     "skips",
+    "skips_reduce",
     "search_seconds",
     "retrain_seconds",
+    "search_saved_mb",
     "peak_memory_mb",
 )
 """End metrics that are columns of every trials table, if need be empty; others follow as they occur."""
@@ -59,7 +61,7 @@ class Tables:
     """Content of `study.json`: name, question, arms, reference, baseline, provenance."""
 
     trials: pd.DataFrame
-    """One row per trial: axes, config, status and end metrics."""
+    """One row per trial: axes, seeds, the machine it ran on, config, status and end metrics."""
 
     epochs: pd.DataFrame
     """One row per trial, stage, epoch and metric; `value` is NaN where the metric was null."""
@@ -365,7 +367,8 @@ def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
         "axes.", [{key: _scalar(value) for key, value in t.start["axes"].items()} for t in trials]
     )
     config = _columns("", [dict(_flat(trial.start["config"], "config")) for trial in trials])
-    seeds = _columns("", [_seeds(trial.start) for trial in trials])
+    seeds = _columns("", [_seeds(trial.start["config"]) for trial in trials])
+    hosts = _columns("host.", [trial.start.get("host") or {} for trial in trials])
     ends: list[Row] = [trial.end or {} for trial in trials]
     texts = [end.get("genotype") for end in ends]
     columns = {
@@ -375,6 +378,7 @@ def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
         "name": _strings(trial.start["name"] for trial in trials),
         **{name: _typed(values) for name, values in axes.items()},
         **{name: _typed(values) for name, values in seeds.items()},
+        **{name: _typed(values) for name, values in hosts.items()},
         "status": _strings(end.get("status", "pending") for end in ends),
         "reason": _strings(end.get("reason") for end in ends),
         "attempts": pa.array([trial.attempts for trial in trials], pa.int64()),
@@ -448,10 +452,9 @@ def _described(text: str) -> Row:
     }
 
 
-def _seeds(start: Row) -> Row:
-    """Seeds of a trial by name: the fields `seed` and `..._seed` of its config and its axes."""
-    fields = {**start["axes"], **start["config"]}
-    return {name: value for name, value in fields.items() if name == "seed" or name.endswith("_seed")}
+def _seeds(config: Row) -> Row:
+    """Seeds of a trial by the name of their column: `split_seed`, `search_seed` and `retrain_seed`."""
+    return {f"{name}_seed": value for name, value in config.get("seeds", {}).items()}
 
 
 def _flat(value: object, name: str) -> Iterator[tuple[str, object]]:

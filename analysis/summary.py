@@ -1,5 +1,6 @@
 """What a study found, as a table of its arms and as sentences, with every n and every missing run."""
 
+import re
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +15,10 @@ from analysis.records import Tables
 WIDTH = 100
 """Columns of a terminal that `render` fits; long names of arms are wrapped."""
 
-_MEANS = ("params_m", "skips", "search_seconds", "peak_memory_mb")
+_MEANS = ("params_m", "skips", "search_seconds", "search_saved_mb", "peak_memory_mb")
+_FAILURES = ("failed", "oom", "diverged")
+_REASON_ENDS = (60, 96)
+"""Characters of a long reason that are printed, first and last: either may be what a traceback says."""
 
 
 def summarise(tables: Tables) -> pd.DataFrame:
@@ -26,9 +30,11 @@ def summarise(tables: Tables) -> pd.DataFrame:
         n_total, n_pruned, n_failed, n_pending, n_missing: all trials, and those that are not in n; failed
             includes oom and diverged, missing are those completed without a test error.
         error_mean, error_low, error_high, no_interval: mean test error in percent with its 95 % t interval,
-            or the reason why there is no interval.
-        params_m, skips, search_seconds, peak_memory_mb: means.
+            or the reason why there is no interval: no spread between runs, or runs that are not independent.
+        params_m, skips, search_seconds, search_saved_mb, peak_memory_mb: means; saved is what one search step
+            keeps for the backward pass.
         n_unique: different final networks, counted by genotype key.
+        failure: reason of the first trial that failed, shortened.
     """
     return pd.DataFrame([_summary(tables, arm) for arm in tables.arms])
 
@@ -41,14 +47,20 @@ def rows(summary: pd.DataFrame) -> Iterable[Any]:
 def claims(tables: Tables) -> list[str]:
     """Plain sentences on what the study shows: each arm against the reference arm and against random.
 
-    The claim judged is always that the arm errs less. All comparisons form one family for Holm's adjustment.
+    The claim judged is always that the arm errs less. All comparisons form one family for Holm's adjustment,
+    except those that get no verdict: of arms whose finished runs are not a sample of independent ones.
     """
     pairs = _pairs(tables)
     results = {pair: _compared(tables, *pair) for pair in pairs}
-    p_values = {pair: result.p for pair, result in results.items() if result and result.p is not None}
+    doubts = {pair: _doubt(tables, pair) for pair in pairs}
+    p_values = {
+        pair: result.p
+        for pair, result in results.items()
+        if result and result.p is not None and not doubts[pair]
+    }
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     sentences = [_counts(tables)]
-    sentences += [_claim(tables, pair, results[pair], adjusted.get(pair)) for pair in pairs]
+    sentences += [_claim(tables, pair, results[pair], adjusted.get(pair), doubts[pair]) for pair in pairs]
     if p_values:
         sentences.append(
             "Intervals are 95 % Welch intervals, each on its own; p is adjusted by Holm's method over "
@@ -60,6 +72,8 @@ def claims(tables: Tables) -> list[str]:
         )
     if tables.reference is None:
         sentences.append("The study names no reference arm, so its arms are not compared with one another.")
+    if note := tables.study.get("note"):
+        sentences.append(note)
     return sentences
 
 
@@ -129,7 +143,11 @@ def _summary(tables: Tables, arm: str) -> dict[str, object]:
     error = mean_interval(100 * finals["test_error"])
     by_status = trials["status"].value_counts().to_dict()
     pruned, pending = by_status.get("pruned", 0), by_status.get("pending", 0)
-    failed = sum(by_status.get(status, 0) for status in ("failed", "oom", "diverged"))
+    failed = sum(by_status.get(status, 0) for status in _FAILURES)
+    dependence = _dependence(tables, arm) if len(finals) else None
+    no_interval = dependence or (
+        f"{error.reason}, so the spread between runs is unknown" if error.reason else ""
+    )
     role = "baseline" if arm == tables.baseline else "reference" if arm == tables.reference else ""
     return {
         "arm": arm,
@@ -141,17 +159,56 @@ def _summary(tables: Tables, arm: str) -> dict[str, object]:
         "n_pending": pending,
         "n_missing": len(trials) - len(finals) - pruned - failed - pending,
         "error_mean": np.nan if error.mean is None else error.mean,
-        "error_low": np.nan if error.low is None else error.low,
-        "error_high": np.nan if error.high is None else error.high,
-        "no_interval": error.reason or "",
-        **{name: float(finals[name].mean()) for name in _MEANS},
+        "error_low": np.nan if error.low is None or dependence else error.low,
+        "error_high": np.nan if error.high is None or dependence else error.high,
+        "no_interval": no_interval,
+        **{name: float(finals[name].mean()) if name in finals else np.nan for name in _MEANS},
         "n_unique": finals["genotype_key"].nunique(),
+        "failure": _first_reason(trials),
     }
+
+
+def _dependence(tables: Tables, arm: str) -> str | None:
+    """Why the finished runs of an arm are not a fair sample of independent runs, if so.
+
+    Intervals and p-values rest on independence, so such an arm gets neither.
+    """
+    reasons = []
+    if tables.study.get("joint", False) and arm != tables.baseline:
+        reasons.append("its configurations were chosen one in view of another")
+    if tables.study.get("scheduler", "fifo") == "pbt":
+        reasons.append("members of its population copy one another")
+    statuses = tables.trials.loc[tables.trials["arm"] == arm, "status"]
+    if pruned := int((statuses == "pruned").sum()):
+        was = "was" if pruned == 1 else "were"
+        reasons.append(
+            f"{pruned} of its {_count(len(statuses), 'run')} {was} stopped early, "
+            "so those that finished were selected by validation error"
+        )
+    return ", and ".join(reasons) or None
+
+
+def _first_reason(trials: pd.DataFrame) -> str:
+    """Reason of the trial that failed first, on one line and shortened; empty if none gives a reason."""
+    failed = trials[trials["status"].isin(_FAILURES)].sort_values("ended", kind="stable")
+    reasons = failed["reason"].dropna()
+    if reasons.empty:
+        return ""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", reasons.iloc[0])  # tracebacks of workers are coloured
+    text = " ".join(plain.split())
+    first, last = _REASON_ENDS
+    return text if len(text) <= first + last else f"{text[:first].rstrip()} ... {text[-last:].lstrip()}"
+
+
+def _why(failure: str) -> str:
+    """Sentence, with the space before it, on why trials failed."""
+    where = "see column reason of trials.parquet for the rest"
+    return f' First failure: "{failure}"; {where}.' if failure else ""
 
 
 def _cells(summary: pd.DataFrame) -> list[list[str]]:
     """Header and rows of the printed table."""
-    header = ["arm", "runs", "error % [95 % interval]", "params M", "skips", "search", "memory", "networks"]
+    header = ["arm", "runs", "error % [95 % CI]", "params M", "skips", "search", "saved MB", "memory", "nets"]
     cells = [
         [
             f"{row.arm} ({row.role})" if row.role and row.role != row.arm else row.arm,
@@ -160,6 +217,7 @@ def _cells(summary: pd.DataFrame) -> list[list[str]]:
             _number(row.params_m, 2 if row.params_m >= 1 else 3),
             _number(row.skips, 1),
             _duration(row.search_seconds),
+            _number(row.search_saved_mb, 1),
             _memory(row.peak_memory_mb),
             str(row.n_unique),
         ]
@@ -182,12 +240,13 @@ def _notes(summary: pd.DataFrame) -> list[str]:
         if row.n_total == 0:
             notes.append(f"{row.arm}: no run has started.")
         elif row.n == 0:
-            notes.append(f"{row.arm}: no finished run ({outcomes} of {row.n_total}).")
+            notes.append(f"{row.arm}: no finished run ({outcomes} of {row.n_total}).{_why(row.failure)}")
         elif outcomes:
             total = _count(row.n_total, "run")
-            notes.append(f"{row.arm}: {outcomes} of {total}; the numbers are of the {row.n} finished.")
+            rest = f"the numbers are of the {row.n} finished.{_why(row.failure)}"
+            notes.append(f"{row.arm}: {outcomes} of {total}; {rest}")
         if row.n and row.no_interval:
-            notes.append(f"{row.arm}: {row.no_interval}, so the spread between runs is unknown: no interval.")
+            notes.append(f"{row.arm}: {row.no_interval}: no interval.")
     return notes
 
 
@@ -229,14 +288,31 @@ def _compared(tables: Tables, arm: str, other: str) -> Difference | None:
     return difference(a, b) if len(a) and len(b) else None
 
 
-def _claim(tables: Tables, pair: tuple[str, str], result: Difference | None, adjusted_p: float | None) -> str:
-    """Sentence on the claim that one arm errs less than the other."""
+def _doubt(tables: Tables, pair: tuple[str, str]) -> str | None:
+    """Why the finished runs of two arms allow no verdict, and of which arms that is said."""
+    arms: dict[str, list[str]] = {}
+    for name in pair:
+        if reason := _dependence(tables, name):
+            arms.setdefault(reason, []).append(name)
+    return "; ".join(f"{reason} ({', '.join(names)})" for reason, names in arms.items()) or None
+
+
+def _claim(
+    tables: Tables,
+    pair: tuple[str, str],
+    result: Difference | None,
+    adjusted_p: float | None,
+    doubt: str | None,
+) -> str:
+    """Sentence on the claim that one arm errs less than the other, or on the doubt that forbids a verdict."""
     arm, other = pair
     start = f"{arm} against {_named(other, 'baseline' if other == tables.baseline else 'reference')}: "
     if result is None:
         without = " or ".join(name for name in pair if not len(_errors(tables, name)))
         return f"{start}undecided, as no run of {without} has finished."
     start += f"test error {result.mean_difference:+.2f} percentage points"
+    if doubt:
+        return f"{start}, n = {result.n_a} and {result.n_b}; no verdict: {doubt}."
     answer = verdict(result, adjusted_p)
     end = f'n = {result.n_a} and {result.n_b}{_gain(tables, *pair)}. "{arm} errs less" is {answer}'
     if adjusted_p is None:
@@ -271,7 +347,10 @@ def _counts(tables: Tables) -> str:
     missing = statuses.get("completed", 0) - used
     rest += [f"{missing} completed without a test error"] if missing else []
     sentence = f"{used} of {_count(total, 'trial')} finished with a test error"
-    return f"{sentence}; the others, in none of the numbers: {', '.join(rest)}." if rest else f"{sentence}."
+    if not rest:
+        return f"{sentence}."
+    why = _why(_first_reason(tables.trials))
+    return f"{sentence}; the others, in none of the numbers: {', '.join(rest)}.{why}"
 
 
 def _named(arm: str, role: str) -> str:

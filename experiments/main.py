@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +41,7 @@ from experiments.tracking import Tracker, default_uri, ui_command
 from nas.data import Arrays, Data, load
 from nas.draw import genotype_png, genotype_svg
 from nas.genotype import Genotype
+from nas.papers import PAPERS
 from nas.retrain import check_retrain
 from nas.trial import Trial
 
@@ -65,6 +68,7 @@ def parser(study: Study) -> argparse.ArgumentParser:
         metavar="NAME|PATH",
         help="digits, cifar10, cifar100, fashion_mnist, an image folder, a Parquet file or folder",
     )
+    add("--paper", choices=PAPERS, help="search and retrain as this paper instead of the study's own")
     add(
         "--seeds",
         type=int,
@@ -180,20 +184,25 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
         ValueError, OSError: what is wrong, in one sentence for the user.
     """
     _check(options)
+    if options.paper:
+        study = replace(study, base=PAPERS[options.paper])
     changes = parse_changes(options.changes)
     objectives = tuple(options.objectives) if study.joint else ()
     settings = Settings(
         options.preset, options.data, options.seeds, options.batch, changes, options.scheduler, objectives
     )
-    plan(study, replace(settings, batch="fixed"))  # refuses a wrong field or value before the data is read
+    # Refuses a wrong field or value before the data is read.
+    planned = plan(study, replace(settings, batch="fixed"))
     base = resolve(study.base, settings)
     _check_selection(study, options, base)
     arrays = load(base.data)
-    planned = plan(study, settings, _check_data(arrays, base))
+    planned = plan(study, settings, _check_data(arrays, base, planned))
     identity = study_id(study, settings, planned)
     folder = _folder(study, options, identity)
     joint_trials = _joint_trials(study, options)
     meta = _describe(study, settings, options, planned, arrays, identity)
+    if options.resume:
+        meta = _resumed(folder, meta)
     return Job(study, settings, options, base, planned, joint_trials, arrays, folder, meta)
 
 
@@ -206,6 +215,10 @@ def run(job: Job) -> None:
     todo = [p for p in job.planned if p.trial.id not in done]
     remaining = job.joint_trials - (_finished_arm(folder, "searched") if options.resume else 0)
     print(job.study.question)
+    if torch.cuda.is_available() and not options.gpus_per_trial:
+        print(
+            "note: this machine has a GPU, and trials run on CPUs; --gpus-per-trial 1 (or 0.5, ...) uses it"
+        )
     print(f"{len(job.planned) + job.joint_trials} trials, {len(done)} finished before, in {folder}")
     try:
         tune.connect(job.resources)
@@ -215,7 +228,7 @@ def run(job: Job) -> None:
         raise SystemExit(2) from error
     folder.mkdir(parents=True, exist_ok=True)
     _write_study(folder, job.meta)
-    uri = options.tracking_uri or default_uri(folder)
+    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
     tracker = Tracker(uri, job.meta, folder)
     tracker.open()
     recorder = Recorder(folder, tracker, Progress(todo, job.base, max(0, remaining)))
@@ -225,11 +238,13 @@ def run(job: Job) -> None:
             restore = tune.newest_checkpoints(folder, [p.trial.id for p in todo]) if options.resume else {}
             tune.run_planned(todo, place, "fifo" if job.study.joint else options.scheduler, restore)
         if remaining > 0:
-            tune.run_joint(_joint(job), remaining, options.objectives, place, options.scheduler)
+            tune.run_joint(_joint(job), remaining, options.objectives, place)
     finally:
         artifacts, text = conclude(folder)
         tracker.close(artifacts, text)
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
+    if any(row["status"] == "failed" for row in _last_ends(folder).values()):
+        raise SystemExit(1)
 
 
 def _joint(job: Job) -> Joint:
@@ -264,16 +279,16 @@ def _check_selection(study: Study, options: argparse.Namespace, base: Trial) -> 
         raise ValueError(
             f"--scheduler {name} compares retraining epochs, and {base.retrain.epochs} is too few; use fifo"
         )
-    if study.joint and name == "pbt":
-        raise ValueError("--scheduler pbt chooses values itself; use fifo, asha or median in a joint search")
-    if study.joint and len(options.objectives) > 1 and name != "fifo":
+    if study.joint and name != "fifo":
         raise ValueError(
-            f"--scheduler {name} needs one objective, not {' and '.join(options.objectives)}; use fifo"
+            f"--scheduler {name}: Optuna would take the error of a trial stopped early for its last; use fifo"
         )
     if study.joint and options.batch != "fixed":
         raise ValueError(
             f"--batch {options.batch} matches the arms of a sweep, and a joint search has none; use fixed"
         )
+    if name == "pbt" and not hasattr(base.retrain.lr, "start"):
+        raise ValueError("--scheduler pbt changes retrain.lr.start, which this schedule lacks; use a cosine")
     chooser = "a joint search" if study.joint else f"--scheduler {options.scheduler}"
     if (study.joint or options.scheduler != "fifo") and base.data.valid == 0:
         raise ValueError(
@@ -282,10 +297,13 @@ def _check_selection(study: Study, options: argparse.Namespace, base: Trial) -> 
         )
 
 
-def _check_data(arrays: Arrays, base: Trial) -> DataShape:
+def _check_data(arrays: Arrays, base: Trial, planned: Sequence[Planned]) -> DataShape:
     """Shape of the images, once they are known to fit the trial."""
     data = Data(arrays, base.data, base.seeds.split, torch.device("cpu"))
-    check_retrain(base.retrain, data.image_size)
+    for trial in [base, *(p.trial for p in planned)]:
+        check_retrain(trial.retrain, data.image_size)
+        for augment in (*(stage.augment for stage in trial.search), trial.retrain.augment):
+            data.check(augment)
     return DataShape(data.channels, data.image_size, data.classes)
 
 
@@ -308,7 +326,7 @@ def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
     """
     if options.out is None and options.resume:
         found = sorted(path.parent for path in Path("results").glob(f"{study.name}-*/study.json"))
-        found = [path for path in found if records.read_study(path)["study_id"] == identity]
+        found = [path for path in found if records.read_study(path).get("plan_id") == identity]
         if not found:
             raise FileNotFoundError(
                 "--resume: no folder of this study (same options) in results/; name it with --out"
@@ -328,7 +346,7 @@ def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
             raise FileExistsError(f"--out {folder} is not empty and holds no study; choose a new folder")
         return folder
     held = records.read_study(folder)
-    if held["study_id"] != identity:
+    if held.get("plan_id") != identity:
         raise FileExistsError(
             f"--out {folder} holds another study ({held['name']}, started by: {held['command']}); "
             "choose another folder"
@@ -338,6 +356,26 @@ def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
             f"--out {folder} holds this study already; add --resume to go on, or choose another folder"
         )
     return folder
+
+
+def _resumed(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Description of the study that is resumed, as it was begun.
+
+    Raises:
+        ValueError: its data have changed since.
+    """
+    held = records.read_study(folder)
+    before, after = held["provenance"], now["provenance"]
+    if before["data_sha256"] != after["data_sha256"]:
+        raise ValueError(
+            f"--resume {folder}: the data are not those the study began with (sha256 "
+            f"{after['data_sha256'][:12]}, not {before['data_sha256'][:12]}); restore them, or start anew"
+        )
+    if before["git_commit"] != after["git_commit"]:
+        print(f"note: the study began at commit {before['git_commit']}, this is {after['git_commit']}")
+    if held["scheduler"] != "fifo":
+        print(f"note: {held['scheduler']} has forgotten earlier trials, so it may decide otherwise now")
+    return held
 
 
 def _finished(folder: Path) -> set[str]:
@@ -363,6 +401,10 @@ def _ends(folder: Path) -> list[dict[str, Any]]:
     return [row for path in _files(folder) for row in records.read_rows(path) if row["kind"] == "end"]
 
 
+def _last_ends(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["trial"]: row for row in _ends(folder)}
+
+
 def _write_study(folder: Path, meta: Mapping[str, Any]) -> None:
     path = folder / "study.json"
     if not path.exists():
@@ -383,8 +425,11 @@ def _describe(
         arms.insert(0, "searched")
     return {
         "schema": 1,
-        "study_id": identity,
+        # Two runs of one plan are two studies, which MLflow keeps apart.
+        "study_id": uuid.uuid4().hex[:12],
+        "plan_id": identity,
         "name": study.name,
+        "note": study.note or None,
         "question": study.question,
         "preset": settings.preset,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

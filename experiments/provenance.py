@@ -28,7 +28,7 @@ PACKAGES = (
 def provenance(data_name: str, data_sha256: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Code, packages, hardware, data and configuration of a study; None where something cannot be known."""
     commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = _git("status", "--porcelain")
     return {
         "git_commit": commit,
         "git_dirty": None if changed is None else bool(changed),

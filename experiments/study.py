@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any, Literal
 
-import torch
-
 from nas.config import override, parse_value, paths
-from nas.metrics import saved_activation_bytes
-from nas.papers import PAPERS, laptop, on_digits, tiny
+from nas.methods import Method
+from nas.metrics import saved_bytes_per_image, uniform_gates
+from nas.papers import RECIPES, laptop, on_digits, tiny
 from nas.schedule import Constant, Cosine, Exponential, Linear, LinearTail
 from nas.search import SearchStage
+from nas.searchers import RandomGenotype
+from nas.spaces.cell import SPACES
 from nas.streams import seeded
 from nas.trial import Seeds, Trial
 
@@ -37,6 +38,10 @@ SHORT = {
     "retrain_lr": "retrain.lr.start",
 }
 """Names that the field uses for what the configuration spells out."""
+
+
+NAMED: dict[str, Mapping[Any, Any]] = {"space": SPACES, "retrain": RECIPES}
+"""Fields that `--set` takes as a whole, by name."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Study:
     """For a joint search: the stages of search that values of a domain stand for, such as `5-11-17`."""
     reference: str | None = None
     """Arm that the others are compared with."""
+    note: str = ""
+    """What a reader of the result must know about how its arms hang together."""
     baseline: bool = True
     """Whether genotypes drawn at random, retrained alike, are an arm of the study."""
 
@@ -145,6 +152,10 @@ def parse_changes(entries: Sequence[str]) -> dict[str, Any]:
         if name in changes:
             raise ValueError(f"--set {entry!r}: {name} is given twice; give it once")
         changes[name] = parse_value(value.strip())
+        if name in NAMED:
+            if changes[name] not in NAMED[name]:
+                raise ValueError(f"--set {entry!r}: no such {name}; use one of {', '.join(NAMED[name])}")
+            changes[name] = NAMED[name][changes[name]]
     return changes
 
 
@@ -196,7 +207,10 @@ def resolve(trial: Trial, settings: Settings) -> Trial:
 def baseline(study: Study, settings: Settings) -> Trial:
     """The random arm: the study's own data and retraining, a genotype drawn uniformly from its space."""
     base = resolve(study.base, settings)
-    return replace(base, method=PAPERS["random"].method, search=())
+    searcher, varied = base.method.searcher, {one.name for one in study.axes} | set(study.joint)
+    # A capped method is compared with random cells under the same cap, unless the cap is the question.
+    cap = searcher.max_skip if "M" not in varied else None
+    return replace(base, method=Method(searcher=RandomGenotype(max_skip=cap)), search=())
 
 
 def _arm(study: Study, point: Sequence[str]) -> tuple[str, dict[str, Any], Trial]:
@@ -231,9 +245,11 @@ def _check_changes(study: Study, changes: Mapping[str, Any]) -> None:
                 f"or are short names: {', '.join(SHORT)}"
             )
     swept = {name: one.name for one in study.axes for values in one.values.values() for name in values}
-    swept |= {"search" if name in study.named else SHORT.get(name, name): name for name in study.joint}
+    chosen = {"search" if name in study.named else SHORT.get(name, name): name for name in study.joint}
     for name in changes:
-        for other, label in swept.items():
+        # What lies below a field that an axis sets is changed in every arm; a joint search would undo it.
+        within = {other: label for other, label in swept.items() if name.count(".") <= other.count(".")}
+        for other, label in (within | chosen).items():
             if _overlap(name, other):
                 raise ValueError(f"--set {name}: the study {study.name} varies {label} itself; leave it out")
         if name.startswith(("seeds.search", "seeds.retrain")):
@@ -278,8 +294,7 @@ def _matched(trial: Trial, base: Trial, shape: DataShape | None) -> Trial:
     for stage, other in zip(trial.search, base.search, strict=True):
         ratio = _bytes_per_image(base, other, shape) / _bytes_per_image(trial, stage, shape)
         batch = max(1, round(other.batch_size * ratio))
-        scale = batch / other.batch_size
-        stages.append(replace(stage, batch_size=batch, lr=_scaled(other.lr, scale)))
+        stages.append(replace(stage, batch_size=batch, lr=_scaled(stage.lr, batch / stage.batch_size)))
     return replace(trial, search=tuple(stages))
 
 
@@ -307,13 +322,7 @@ def _bytes_per_image(trial: Trial, stage: SearchStage, shape: DataShape) -> floa
             channels_in=shape.channels,
             stem=stage.stem,
         )
-    few, more = (
-        saved_activation_bytes(
-            supernet, torch.zeros(count, shape.channels, shape.image_size, shape.image_size)
-        )
-        for count in (2, 4)
-    )
-    return (more - few) / 2  # what a batch takes at any size, e.g. joined weights, cancels out
+    return saved_bytes_per_image(supernet, uniform_gates(supernet), shape.channels, shape.image_size)
 
 
 # Identity
@@ -331,4 +340,12 @@ def study_id(study: Study, settings: Settings, planned: Sequence[Planned]) -> st
 def settable(study: Study, settings: Settings) -> list[str]:
     """Dotted names that `--set` takes for this study."""
     names = paths(resolve(study.base, replace(settings, changes={})))
-    return sorted(name for name in names if not name.endswith(".type"))
+    return sorted(name for name in names if not name.endswith(".type") and _is_free(study, name))
+
+
+def _is_free(study: Study, name: str) -> bool:
+    try:
+        _check_changes(study, {name: None})
+    except ValueError:
+        return False
+    return True

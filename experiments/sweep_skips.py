@@ -10,6 +10,8 @@ STUDY = Study(
     base=PAPERS["p_darts"],
     axes=(axis("M", 0, 1, 2, 3, 4, None),),
     reference="M=None",
+    note="The arms of one seed share their search, and where no skip is to spare also their cell; intervals "
+    "and tests take them for independent, which is conservative. The random cells are not capped.",
 )
 
 if __name__ == "__main__":

@@ -388,7 +388,7 @@ class _Store:
         run = self._trial(row)
         run.name = str(row["name"])
         self.client.update_run(run.id, status="RUNNING", name=run.name)
-        self._log_params(run, _params(row["axes"], row["config"]))
+        self._log_params(run, _params({**row.get("params", {}), **row["axes"]}, row["config"]))
         while run.stale:
             self.client.delete_tag(run.id, run.stale.pop())
         self._tag(run.id, {"arm": row["arm"], "attempt": row["attempt"], "status": "running"})
@@ -530,7 +530,8 @@ def ui_command(uri: str, link: str = "") -> str:
     if _is_server(uri):
         return f"{_masked(uri).rstrip('/')}/{link}"
     # The job runner is for prompts and traces, and takes a gigabyte.
-    command = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --port 5000"
+    program = f"{shlex.quote(sys.executable)} -m mlflow ui"  # no environment need be active
+    command = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} --workers 1 --port 5000"
     command += f" --backend-store-uri {shlex.quote(_masked(_absolute(uri)))}"
     return f"{command}  # then open http://127.0.0.1:5000/{link}" if link else command
 

@@ -3,9 +3,13 @@
 What a trial does is in `nas.trial`; what is recorded leaves here as plain rows through a `Recorder`.
 """
 
+import gc
 import logging
 import os
+import platform
+import random
 import time
+import traceback
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
@@ -45,6 +49,7 @@ from ray.tune.search.optuna import OptunaSearch
 from experiments.study import SHORT, Joint, Planned, Resources, SchedulerName
 from nas.config import override
 from nas.data import Arrays, Data
+from nas.streams import stream_seed
 from nas.trial import Row, Trial, TrialRun
 
 CHECKPOINT = "state.pt"
@@ -118,6 +123,7 @@ class TrialActor(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         # The networks of the trial before go first: two would have to fit otherwise.
         self.run: TrialRun | None = None
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.planned = resolve(config)
@@ -135,10 +141,11 @@ class TrialActor(tune.Trainable):
             trial = self.planned.trial
             data = Data(self.arrays[base["data_key"]], trial.data, trial.seeds.split, self.device)
             self.run = TrialRun(trial, data, self.device)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            self.refusal = self._end("oom", reason=str(error))
-        if base["restore"]:
-            self.load_checkpoint(base["restore"])
+            if base["restore"]:
+                self.load_checkpoint(base["restore"])
+        except Exception as error:
+            self.refusal = self._failure(error)
+            self.run = None  # not half restored
 
     def step(self) -> dict[str, Any]:
         """Run one epoch; what is to be recorded goes to the driver as `rows`."""
@@ -148,10 +155,8 @@ class TrialActor(tune.Trainable):
             return {"rows": [*rows, self.refusal or self._end("completed")], "done": True}
         try:
             epoch = self.run.step()
-        except FloatingPointError as error:
-            return {"rows": [*rows, self._end("diverged", reason=str(error))], "done": True}
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            return {"rows": [*rows, self._end("oom", reason=str(error))], "done": True}
+        except Exception as error:
+            return {"rows": [*rows, self._failure(error)], "done": True}
         return self._result(self.run, epoch, rows)
 
     def _result(self, run: TrialRun, epoch: Row, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -166,6 +171,16 @@ class TrialActor(tune.Trainable):
             result["should_checkpoint"] = True
             self.saved = time.monotonic()
         return result
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        """The end of a trial whose own code raised: it would raise again, so Ray is not to try it again."""
+        if isinstance(error, FloatingPointError):
+            return self._end("diverged", reason=str(error))
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return self._end("oom", reason=str(error))
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        return self._end("failed", reason=reason)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write everything the rest of the trial depends on."""
@@ -192,6 +207,8 @@ class TrialActor(tune.Trainable):
             arm=planned.arm,
             axes=dict(planned.axes),
             config=planned.trial.to_dict(),
+            params=common_params(planned.trial),
+            host=host(self.device),
         )
 
     def _epoch(self, row: Row) -> dict[str, Any]:
@@ -256,6 +273,7 @@ class Forward(tune.Callback):
         self.planned: dict[str, dict[str, Any]] = {}
         """By Tune's id what was planned; PBT later puts another trial's configuration in its place."""
         self.last: dict[str, dict[str, Any]] = {}
+        self.genotypes: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore of its own; here records say what is done.
@@ -283,6 +301,8 @@ class Forward(tune.Callback):
                     row["axes"] |= planned["axes"]
             self.recorder.row(row)
             self.last[trial.trial_id] = row
+            if row.get("genotype"):
+                self.genotypes[trial.trial_id] = row["genotype"]
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -311,7 +331,7 @@ class Forward(tune.Callback):
             "time": time.time(),
             "status": status,
             "reason": reason,
-            "genotype": None,
+            "genotype": self.genotypes.get(trial.trial_id),
             "metrics": {},
         }
         self.recorder.row(row)
@@ -329,9 +349,34 @@ class Forward(tune.Callback):
             "arm": planned.arm,
             "axes": dict(planned.axes),
             "config": planned.trial.to_dict(),
+            "params": common_params(planned.trial),
+            "host": None,
         }
         self.recorder.row(row)
         return row
+
+
+def common_params(trial: Trial) -> dict[str, Any]:
+    """What people search trials for, by its short names, whatever the study varies."""
+    params: dict[str, Any] = {
+        "seed": trial.seeds.search,
+        "dataset": trial.data.source,
+        "space": trial.space.name,
+    }
+    if trial.search:
+        params |= {
+            "K": trial.method.supernet.partial_channels,
+            "edge_norm": trial.method.supernet.edge_norm,
+            "order": trial.method.arch_update.order,
+            "depths": "-".join(str(stage.cells) for stage in trial.search),
+        }
+    return params | {"M": trial.method.searcher.max_skip}
+
+
+def host(device: torch.device) -> dict[str, Any]:
+    """Where an attempt ran."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"node": platform.node(), "device": name, "threads": torch.get_num_threads()}
 
 
 class RetrainHyperBand(HyperBandScheduler):
@@ -379,7 +424,10 @@ def scheduler(name: SchedulerName, epochs: int) -> TrialScheduler:
                 mode="min",
             )
         case "hyperband":
-            return RetrainHyperBand(time_attr=TIME, max_t=epochs, metric=METRIC, mode="min")
+            # Otherwise a bracket whose last rung lies before the last epoch finishes no trial.
+            return RetrainHyperBand(
+                time_attr=TIME, max_t=epochs, metric=METRIC, mode="min", stop_last_trials=False
+            )
         case "median":
             grace = max(1, epochs // 4)
             return RetrainMedian(
@@ -415,13 +463,20 @@ def run_planned(
         return
     # A member that copied one of another arm would belong to that arm: each arm is a population of its own.
     for arm in dict.fromkeys(p.arm for p in planned):
+        # Members start at the recipe's own values; what PBT draws later comes from a stream as well.
+        random.seed(stream_seed(0, "pbt", arm))
         population = [
             config | {"fields": list(PBT_FIELDS), "adopts": True}
             for config in configs
             if config["arm"] == arm
         ]
         # PBT still needs checkpoints that a kept number of two would have deleted.
-        space = {"planned": tune.grid_search(population), **PBT_FIELDS}
+        trial = next(p.trial for p in planned if p.arm == arm)
+        start = {
+            "retrain.lr.start": getattr(trial.retrain.lr, "start", 0.0),
+            "retrain.weight_decay": trial.retrain.weight_decay,
+        }
+        space = {"planned": tune.grid_search(population), **start}
         tuning = _tuning(place, scheduler_name, epochs)
         _fit(space, tuning, place, trials=len(population), keep=None)
 
@@ -437,9 +492,7 @@ def data_key(trial: Trial) -> str:
     return repr((config.source, config.test, config.limit, config.test_limit, config.image_size))
 
 
-def run_joint(
-    joint: Joint, trials: int, objectives: Sequence[str], place: Place, scheduler_name: SchedulerName
-) -> None:
+def run_joint(joint: Joint, trials: int, objectives: Sequence[str], place: Place) -> None:
     """Let Optuna choose `trials` configurations; objectives are `error` (of validation) and `params`.
 
     Optuna keeps a journal in the study's folder, so a study that was stopped goes on with what it knew.
@@ -473,7 +526,6 @@ def run_joint(
         search_alg=search,
         num_samples=trials,
         max_concurrent_trials=place.resources.max_concurrent or slots(place.resources),
-        scheduler=None if several else scheduler(scheduler_name, joint.base.trial.retrain.epochs),
     )
     _fit(space, tuning, place, trials=trials, keep=2)
 
@@ -483,11 +535,12 @@ OBJECTIVES = {"error": METRIC, "params": "params_m"}
 
 
 def slots(resources: Resources) -> int:
-    """How many trials run at once on the machines there are now."""
+    """How many trials run at once: on this machine what fits, on a cluster, which may grow, at least 8."""
+    least = 8 if resources.address or os.environ.get("RAY_ADDRESS") else 1
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     by_cpu = have.get("CPU", 1) / resources.cpus_per_trial if resources.cpus_per_trial else float("inf")
     by_gpu = have.get("GPU", 0) / resources.gpus_per_trial if resources.gpus_per_trial else float("inf")
-    return max(1, int(min(by_cpu, by_gpu, resources.max_concurrent or float("inf"))))
+    return max(least, int(min(by_cpu, by_gpu, resources.max_concurrent or float("inf"))))
 
 
 def _fit(

@@ -1,6 +1,7 @@
 """Architecture updates: how architecture parameters learn."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.config import ABOVE_ZERO, check_range
 from nas.gates import Gates, detached, leaves
 from nas.samplers import Arch
 from nas.state import Batch, SearchState, frozen, swapped
@@ -41,18 +43,18 @@ class Bilevel:
     """Whether the weight step comes before the architecture step of an iteration (GDAS)."""
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.weight_decay < 0 or self.epsilon <= 0:
-            raise ValueError(
-                f"Bilevel: lr={self.lr}, weight_decay={self.weight_decay} >= 0 and epsilon={self.epsilon} > 0"
-            )
-        if self.xi is not None and self.xi < 0:
-            raise ValueError(f"xi={self.xi} must be at least 0, or None for the learning rate of the weights")
+        check_range(
+            self,
+            lr=(0, math.inf, "3e-4 is usual"),
+            weight_decay=(0, math.inf, "1e-3 is usual"),
+            epsilon=(ABOVE_ZERO, math.inf, "0.01 is the paper's"),
+            xi=(0, math.inf, "None takes the learning rate of the weights"),
+            clip=(ABOVE_ZERO, math.inf, "None clips nothing"),
+        )
         if self.order not in (1, 2):
             raise ValueError(f"order={self.order} must be 1 or 2")
         if self.hessian not in ("finite_difference", "exact"):
             raise ValueError(f"hessian={self.hessian!r} is not one of finite_difference, exact")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip={self.clip} must be above 0, or None not to clip")
 
     def optimizer(self, arch: Arch) -> torch.optim.Optimizer:
         """Adam over the architecture parameters."""
@@ -99,6 +101,7 @@ class Bilevel:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         xi = state.weight_lr if self.xi is None else self.xi
         exact = self.hessian == "exact"
+        same_noise = _replayed(state.supernet.noise.generator)
         inner = leaves(gates) if exact else detached(gates)
         train_loss = _loss(state, inner, weight_batch)
         slope = torch.autograd.grad(
@@ -111,6 +114,7 @@ class Bilevel:
         # thrown away.
         outer = leaves(gates)
         with swapped(weights, ahead), state.supernet.without_statistics():
+            same_noise()
             loss = _loss(state, outer, arch_batch)
             found = torch.autograd.grad(
                 loss, [*_tensors(outer), *weights], allow_unused=True, materialize_grads=True
@@ -125,7 +129,7 @@ class Bilevel:
                 product, _tensors(inner), allow_unused=True, materialize_grads=True
             )
         else:
-            implicit = self._finite_difference(state, weights, gates, weight_batch, vector)
+            implicit = self._finite_difference(state, weights, gates, weight_batch, vector, same_noise)
         combined = [d - xi * h for d, h in zip(direct, implicit, strict=True)]
         return loss.detach(), dict(zip(gates, combined, strict=True))
 
@@ -136,6 +140,7 @@ class Bilevel:
         gates: Gates,
         batch: Batch,
         vector: tuple[Tensor, ...],
+        same_noise: Callable[[], None],
     ) -> list[Tensor]:
         """Mixed second derivative of the training loss times `vector`, by central differences.
 
@@ -147,10 +152,23 @@ class Bilevel:
         sides = []
         for sign in (1.0, -1.0):
             moved = [(w + sign * distance * v).detach() for w, v in zip(weights, vector, strict=True)]
+            same_noise()
             with swapped(weights, moved), frozen(weights):
                 sides.append(_gate_gradients(state, gates, batch)[1])
         plus, minus = sides
         return [(plus[name] - minus[name]) / (2 * distance) for name in gates]
+
+
+def _replayed(stream: torch.Generator | None) -> Callable[[], None]:
+    """Call that puts `stream` back to where it stands now: all passes of an iteration draw the same."""
+    if stream is None:
+        return lambda: None
+    start = stream.get_state()
+
+    def again() -> None:
+        stream.set_state(start)
+
+    return again
 
 
 def _tensors(gates: Gates) -> list[Tensor]:

@@ -5,6 +5,7 @@ sampler), the plain form carries the class's name under "type".
 """
 
 import ast
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -175,6 +176,24 @@ def paths(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, entry in items:
         found |= paths(entry, f"{prefix}.{key}" if prefix else key)
     return found
+
+
+ABOVE_ZERO = 1e-12
+"""Lower bound of what must be positive."""
+
+
+def check_range(owner: object, **bounds: tuple[float, float, str]) -> None:
+    """Refuse numbers of a dataclass outside [low, high), each given as field=(low, high, way out).
+
+    Raises:
+        ValueError: a value is outside or not a number; None is not checked.
+    """
+    for name, (low, high, advice) in bounds.items():
+        value = getattr(owner, name)
+        if value is not None and not low <= value < high:
+            least = "above 0" if low == ABOVE_ZERO else f"at least {low:g}"
+            wanted = least if math.isinf(high) else f"in [{low:g}, {high:g})"
+            raise ValueError(f"{type(owner).__name__}: {name}={value} must be {wanted}; {advice}")
 
 
 def parse_value(text: str) -> Any:

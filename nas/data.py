@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -188,13 +189,12 @@ class Data:
         order: torch.Generator | None,
         augment: Augment | None = None,
         draws: torch.Generator | None = None,
-        drop_last: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of images, normalised float32 `(B, C, H, W)`, and labels, int64 `(B,)`, on the device.
 
         Images come in stored order if `order` is None. All that is random is drawn at this call, from the CPU
         generators `order` and `draws`, so it depends on neither the device nor the batch size. The last batch
-        may be smaller; `drop_last` drops it, unless it is the only one.
+        may be smaller; a single image left over joins the one before it, since batch norm cannot train on it.
 
         Raises: ValueError for an empty or unknown part, and for an augmentation without draws or that does
         not fit the images.
@@ -210,14 +210,12 @@ class Data:
             )
         drawn = None
         if augment is not None:
-            self._check(augment)
+            self.check(augment)
             if draws is None:
                 raise ValueError("augment needs draws; pass a generator of nas.streams, or augment=None")
             drawn = draw(augment, len(indices), self.image_size, draws)
         if order is not None:
             indices = indices[torch.randperm(len(indices), generator=order)]
-        if drop_last and len(indices) > batch_size:
-            indices = indices[: len(indices) // batch_size * batch_size]
         return self._serve(part, indices, batch_size, augment, drawn or {})
 
     def _serve(
@@ -231,8 +229,10 @@ class Data:
         images, labels = self._test if part == "test" else self._train
         indices = self._moved(indices)
         drawn = {name: self._moved(values) for name, values in drawn.items()}
-        for start in range(0, len(indices), batch_size):
-            batch = slice(start, start + batch_size)
+        starts = [*range(0, len(indices), batch_size), len(indices)]
+        if len(starts) > 2 and starts[-1] - starts[-2] == 1 < batch_size:
+            del starts[-2]
+        for batch in (slice(start, end) for start, end in pairwise(starts)):
             x = images.index_select(0, indices[batch])
             if augment is None:
                 x = self._normalised(x)
@@ -254,7 +254,8 @@ class Data:
         scaled: Tensor = x * self._scale
         return scaled.add_(self._shift)  # (pixel / 255 - mean) / std
 
-    def _check(self, augment: Augment) -> None:
+    def check(self, augment: Augment) -> None:
+        """Raise ValueError for an augmentation that these images do not allow."""
         for name, size in (("pad", augment.pad), ("cutout", augment.cutout)):
             if size > self.image_size:
                 raise ValueError(f"{name}={size} exceeds the image size {self.image_size}; use a smaller one")

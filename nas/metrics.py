@@ -30,8 +30,19 @@ class Metric:
     unit: str
     better: Literal["lower", "higher", "neither"]
     meaning: str
-    compute: Callable[[SearchState, Genotype], float | None] | None = None
-    """How to get it from a search and the genotype it gives now; None for what the loop itself measures."""
+    compute: "Callable[[Probe], float | None] | None" = None
+    """How to get it from a search after an epoch; None for what the loop itself measures."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A search after an epoch, as a metric sees it."""
+
+    state: SearchState
+    genotype: Genotype
+    """What the search would give now."""
+    batches: Callable[[], Iterable[Batch]]
+    """Held-out batches from the start, for metrics that need the loss or its derivatives."""
 
 
 def _entropy(arch: Arch, kind: str) -> float | None:
@@ -46,23 +57,24 @@ def _entropy(arch: Arch, kind: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def alpha_entropy(state: SearchState, genotype: Genotype) -> float | None:
+def alpha_entropy(probe: Probe) -> float | None:
     """How undecided the operations are, from 0 to 1."""
-    return _entropy(state.arch, "/op")
+    return _entropy(probe.state.arch, "/op")
 
 
-def beta_entropy(state: SearchState, genotype: Genotype) -> float | None:
+def beta_entropy(probe: Probe) -> float | None:
     """How undecided the edges are, from 0 to 1; None without edge normalisation."""
-    return _entropy(state.arch, "/input")
+    return _entropy(probe.state.arch, "/input")
 
 
-def alpha_margin(state: SearchState, genotype: Genotype) -> float | None:
+def alpha_margin(probe: Probe) -> float | None:
     """Mean over edges of the gap between the two likeliest operations; None where no edge has two."""
     gaps = []
-    for name, p in state.arch.probabilities().items():
+    arch = probe.state.arch
+    for name, p in arch.probabilities().items():
         if name.endswith("/op") and p.shape[1] > 1:
             best, second = p.topk(2, dim=-1).values.unbind(dim=-1)
-            allowed = state.arch.choices[name].allowed
+            allowed = arch.choices[name].allowed
             gaps += [
                 gap
                 for gap, options in zip((best - second).tolist(), allowed, strict=True)
@@ -71,21 +83,25 @@ def alpha_margin(state: SearchState, genotype: Genotype) -> float | None:
     return sum(gaps) / len(gaps) if gaps else None
 
 
-def _cell_count(cell: Literal["normal", "reduce"], what: str) -> Callable[[SearchState, Genotype], float]:
-    return lambda state, genotype: float(getattr(getattr(genotype, cell), what))
+def _cell_count(cell: Literal["normal", "reduce"], what: str) -> Callable[[Probe], float]:
+    return lambda probe: float(getattr(getattr(probe.genotype, cell), what))
 
+
+HELD_OUT = (
+    "supernet's {} on the validation part, or on the architecture half of a recipe that holds nothing out; "
+    "batch norm takes the statistics of batches of 128"
+)
 
 METRICS: dict[str, Metric] = {
     "train_loss": Metric("nats", "lower", "supernet's loss on the weight half, mean over the epoch's steps"),
     "train_error": Metric("fraction", "lower", "supernet's error on the weight half, over the epoch's steps"),
-    "valid_loss": Metric("nats", "lower", "supernet's loss on held-out data, batch statistics in batch norm"),
-    "valid_error": Metric(
-        "fraction", "lower", "supernet's error on held-out data, batch statistics in batch norm"
-    ),
+    "valid_loss": Metric("nats", "lower", HELD_OUT.format("loss")),
+    "valid_error": Metric("fraction", "lower", HELD_OUT.format("error")),
     "alpha_entropy": Metric("fraction", "neither", "normalised entropy of operations", alpha_entropy),
     "beta_entropy": Metric("fraction", "neither", "normalised entropy of inputs", beta_entropy),
     "alpha_margin": Metric("fraction", "neither", "gap between the two likeliest operations", alpha_margin),
     "skips": Metric("count", "neither", "skips in the normal cell", _cell_count("normal", "skips")),
+    "skips_reduce": Metric("count", "neither", "skips in the reduction cell", _cell_count("reduce", "skips")),
     "depth_normal": Metric("edges", "neither", "longest path, normal cell", _cell_count("normal", "depth")),
     "depth_reduce": Metric(
         "edges", "neither", "longest path, reduction cell", _cell_count("reduce", "depth")
@@ -103,6 +119,9 @@ METRICS: dict[str, Metric] = {
         "lower",
         "supernet's error with one-hot gates minus its error with its own, at the end of the search",
     ),
+    "saved_mb": Metric(
+        "MB", "lower", "what one training step of the supernet keeps for its backward pass; exact, by stage"
+    ),
     "seconds": Metric("s", "lower", "wall time of the epoch, evaluation included"),
     "peak_memory_mb": Metric(
         "MB", "lower", "peak memory of the stage so far: the device's, or the process's on a CPU"
@@ -111,10 +130,9 @@ METRICS: dict[str, Metric] = {
 """What every search epoch records, in order; the discretisation gap comes once, at the end."""
 
 
-def describe(state: SearchState, genotype: Genotype) -> dict[str, float | None]:
-    """All metrics that are read off the architecture parameters and the genotype they give now."""
-    with torch.no_grad():
-        return {name: m.compute(state, genotype) for name, m in METRICS.items() if m.compute is not None}
+def describe(probe: Probe) -> dict[str, float | None]:
+    """All metrics that can be computed from a search as it stands after an epoch."""
+    return {name: metric.compute(probe) for name, metric in METRICS.items() if metric.compute is not None}
 
 
 @dataclass
@@ -192,16 +210,37 @@ def peak_memory_mb(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def saved_activation_bytes(supernet: CellSupernet, images: Tensor) -> int:
-    """Bytes that one training-mode forward with soft gates keeps for the backward pass of the weights.
+def saved_bytes_per_image(supernet: CellSupernet, gates: Gates, channels: int, image_size: int) -> float:
+    """Bytes that a training-mode forward under `gates` keeps for the backward pass of the weights, per image.
+
+    Exact, on any machine; what a batch keeps whatever its size, such as folded kernels, is left out.
+    """
+    weight = supernet.head.weight
+    few, more = (
+        saved_activation_bytes(supernet, gates, weight.new_zeros(count, channels, image_size, image_size))
+        for count in (2, 4)
+    )
+    return (more - few) / 2
+
+
+def uniform_gates(supernet: CellSupernet) -> Gates:
+    """Gates that give all options of a row the same weight, so that everything runs."""
+    weight = supernet.head.weight
+    return {
+        name: Gate(
+            weight.new_full((len(table.rows), len(table.options)), 1 / len(table.options)), table.allowed
+        )
+        for name, table in supernet.config.gated(supernet.choices).items()
+    }
+
+
+def saved_activation_bytes(supernet: CellSupernet, gates: Gates, images: Tensor) -> int:
+    """Bytes that one training-mode forward keeps for the backward pass of the weights.
 
     Exact, on any machine. A storage that several operations keep counts once; weights are not
     activations and do not count.
     """
-    gates = {
-        name: Gate(torch.full((len(table.rows), len(table.options)), 1 / len(table.options)), table.allowed)
-        for name, table in supernet.config.gated(supernet.choices).items()
-    }
+    gates = detached(gates)
     own = {parameter.untyped_storage().data_ptr() for parameter in supernet.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 

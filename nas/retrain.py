@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas.config import ABOVE_ZERO, check_range
 from nas.data import Augment, Data
 from nas.genotype import Genotype
 from nas.metrics import Average, peak_memory_mb, reset_peak_memory
 from nas.network import Network, Stem, retrain_loss
 from nas.ops import Noise
-from nas.schedule import Constant, Cosine, Ramp, Schedule
+from nas.schedule import Cosine, Ramp, Schedule
 from nas.search import Values
 from nas.state import Batch, load_optimizer
 from nas.streams import generator, seeded
@@ -44,24 +45,22 @@ class RetrainStage:
     stem: Stem = "cifar"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "cells", "channels", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"retrain: {name}={getattr(self, name)} must be at least 1")
-        if self.clip <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"retrain: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, "
-                f"momentum={self.momentum} in [0, 1)"
-            )
-        if self.auxiliary_weight < 0 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"retrain: auxiliary_weight={self.auxiliary_weight} >= 0, "
-                f"label_smoothing={self.label_smoothing} in [0, 1)"
-            )
-        if (
-            isinstance(self.drop_path, Ramp | Constant)
-            and self.drop_path.at(self.epochs - 1, self.epochs) >= 1
-        ):
-            raise ValueError(f"retrain: drop_path={self.drop_path} reaches 1; use a probability below it")
+        inf = math.inf
+        check_range(
+            self,
+            epochs=(1, inf, "600 is usual"),
+            cells=(1, inf, "20 is usual"),
+            channels=(1, inf, "36 is usual"),
+            batch_size=(1, inf, "96 is usual"),
+            clip=(ABOVE_ZERO, inf, "5 is usual, 1e9 clips nothing"),
+            weight_decay=(0, inf, "0 decays nothing"),
+            momentum=(0, 1, "0.9 is usual"),
+            auxiliary_weight=(0, inf, "0 leaves the auxiliary head out"),
+            label_smoothing=(0, 1, "0 smooths nothing"),
+        )
+        highest = max(self.drop_path.at(epoch, self.epochs) for epoch in range(self.epochs))
+        if not highest < 1:
+            raise ValueError(f"RetrainStage: drop_path reaches {highest}; a probability must stay below 1")
 
 
 class RetrainRun:

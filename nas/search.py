@@ -11,10 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas.config import ABOVE_ZERO, check_range
 from nas.data import Augment, Data
 from nas.genotype import Genotype
 from nas.methods import Method
-from nas.metrics import Average, describe, one_hot_gates, peak_memory_mb, reset_peak_memory, supernet_quality
+from nas.metrics import (
+    Average,
+    Probe,
+    describe,
+    one_hot_gates,
+    peak_memory_mb,
+    reset_peak_memory,
+    saved_bytes_per_image,
+    supernet_quality,
+)
 from nas.network import Stem
 from nas.samplers import Progress, init_arch
 from nas.schedule import Constant, Cosine, Schedule
@@ -53,23 +63,27 @@ class SearchStage:
     stem: Stem = "cifar"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "cells", "channels", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"search stage: {name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.frozen_epochs <= self.epochs:
-            raise ValueError(
-                f"search stage: frozen_epochs={self.frozen_epochs} must be within 0..epochs={self.epochs}"
-            )
-        if self.keep is not None and self.keep < 1:
-            raise ValueError(
-                f"search stage: keep={self.keep} must be at least 1, or None to keep all operations"
-            )
-        if self.clip <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"search stage: clip={self.clip} > 0, weight_decay={self.weight_decay} >= 0, "
-                f"momentum={self.momentum} in [0, 1)"
-            )
+        inf = math.inf
+        check_range(
+            self,
+            epochs=(1, inf, "leave the stage out to search less"),
+            cells=(1, inf, "8 is usual"),
+            channels=(1, inf, "16 is usual"),
+            batch_size=(1, inf, "64 is usual"),
+            frozen_epochs=(0, self.epochs + 1, "no more of them than epochs"),
+            keep=(1, inf, "None keeps all operations"),
+            clip=(ABOVE_ZERO, inf, "5 is usual, 1e9 clips nothing"),
+            weight_decay=(0, inf, "0 decays nothing"),
+            momentum=(0, 1, "0.9 is usual"),
+        )
+        for name in ("skip_dropout", "drop_path"):
+            highest = max(getattr(self, name).at(epoch, self.epochs) for epoch in range(self.epochs))
+            if not highest < 1:
+                raise ValueError(f"SearchStage: {name} reaches {highest}; a probability must stay below 1")
 
+
+EVALUATION_BATCH = 128
+"""Images per batch when a supernet is evaluated: batch norm takes their statistics, so all use one size."""
 
 Price = Callable[[Genotype], Values]
 """Parameters and multiply-adds of a genotype at retraining size."""
@@ -101,6 +115,8 @@ class SearchRun:
         self.genotype: Genotype | None = None
         """What was found, once the search is done."""
         self.state: SearchState | None = None
+        self.saved_mb = 0.0
+        """Activations that a training step of the current stage keeps, in MB."""
         if stages:
             self.state = self._new_state()
         else:
@@ -119,7 +135,6 @@ class SearchRun:
     def _new_state(self) -> SearchState:
         """Fresh weights and architecture parameters for the current stage."""
         stage, method = self.stage, self.method
-        reset_peak_memory(self.device)
         with seeded(self.seed, "init", "search", self.part):
             supernet = method.supernet.build(
                 self.space,
@@ -136,7 +151,7 @@ class SearchRun:
             self.device,
             torch.get_default_dtype(),
         )
-        return SearchState(
+        state = SearchState(
             supernet=supernet,
             arch=arch,
             sampler=method.sampler,
@@ -151,6 +166,17 @@ class SearchRun:
             progress=Progress(0, stage.epochs),
             draws=generator(self.seed, "gates", self.part, 0),
         )
+        self.saved_mb = self._saved_mb(state)
+        reset_peak_memory(self.device)
+        return state
+
+    def _saved_mb(self, state: SearchState) -> float:
+        """What a training step of the current stage keeps for its backward pass, in MB."""
+        state.supernet.noise = Noise(generator(self.seed, "noise", "memory", self.part, device=self.device))
+        draws = generator(self.seed, "gates", "memory", self.part)
+        (gates,) = state.sampler.sample(state.arch, state.progress, draws)
+        per_image = saved_bytes_per_image(state.supernet, gates, self.data.channels, self.data.image_size)
+        return per_image * self.stage.batch_size / 2**20
 
     def step(self) -> tuple[Values, Genotype]:
         """Train for one epoch; returns its metrics and the genotype of the architecture parameters now.
@@ -179,7 +205,8 @@ class SearchRun:
             "train_error": train_error,
             "valid_loss": valid_loss,
             "valid_error": valid_error,
-            **describe(state, genotype),
+            **describe(Probe(state, genotype, self._valid_batches)),
+            "saved_mb": self.saved_mb,
             **self.price(genotype),
         }
         peak = peak_memory_mb(self.device)  # before the next stage starts a new one
@@ -259,7 +286,7 @@ class SearchRun:
     def _valid_batches(self) -> Iterator[Batch]:
         """Held-out images in stored order: the validation part, or without one the architecture half."""
         part: Literal["valid", "arch"] = "valid" if self.data.size("valid") else "arch"
-        return self.data.batches(part, self.stage.batch_size, order=None)
+        return self.data.batches(part, EVALUATION_BATCH, order=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, in plain containers and tensors."""

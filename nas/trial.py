@@ -94,6 +94,25 @@ class Row:
     """Whether the next epoch belongs to another stage; a good moment for a checkpoint."""
 
 
+def pricing(trial: Trial, data: Data) -> Callable[[Genotype], Values]:
+    """Function that gives parameters and multiply-adds, in millions, of a genotype at retraining size."""
+    stage, classes, image_size, channels_in = trial.retrain, data.classes, data.image_size, data.channels
+
+    def price(genotype: Genotype) -> Values:
+        cost = network_cost(
+            genotype,
+            channels=stage.channels,
+            cells=stage.cells,
+            classes=classes,
+            image_size=image_size,
+            channels_in=channels_in,
+            stem=stage.stem,
+        )
+        return {"params_m": cost.params / 1e6, "madds_m": cost.madds / 1e6}
+
+    return price
+
+
 class TrialRun:
     """A trial in progress. One `step` is one epoch of the current stage, search first, then retraining."""
 
@@ -101,7 +120,7 @@ class TrialRun:
         check_retrain(trial.retrain, data.image_size)
         self.trial, self.data, self.device = trial, data, device
         self.search = SearchRun(
-            trial.space, trial.method, trial.search, data, trial.seeds.search, device, self._price
+            trial.space, trial.method, trial.search, data, trial.seeds.search, device, pricing(trial, data)
         )
         self.retrain: RetrainRun | None = None
         self.seconds: dict[StageName, float] = {"search": 0.0, "retrain": 0.0}
@@ -121,7 +140,7 @@ class TrialRun:
     @property
     def params_m(self) -> float | None:
         """Millions of weights of the network that is retrained; None while the search goes on."""
-        return self._price(self.search.genotype)["params_m"] if self.search.genotype else None
+        return self.search.price(self.search.genotype)["params_m"] if self.search.genotype else None
 
     def step(self) -> Row:
         """Run one epoch; after the last one the test part is read, and `result` is there.
@@ -169,27 +188,15 @@ class TrialRun:
             "test_error": test_error,
             "test_loss": test_loss,
             "valid_error": self.last["retrain"]["valid_error"],
-            **self._price(retrain.genotype),
+            **self.search.price(retrain.genotype),
             "skips": float(retrain.genotype.normal.skips),
+            "skips_reduce": float(retrain.genotype.reduce.skips),
             "search_seconds": self.seconds["search"],
             "retrain_seconds": self.seconds["retrain"],
             "peak_memory_mb": self.peak_memory_mb,
             "discretisation_gap": self.last["search"].get("discretisation_gap"),
             **searched,
         }
-
-    def _price(self, genotype: Genotype) -> Values:
-        stage = self.trial.retrain
-        cost = network_cost(
-            genotype,
-            channels=stage.channels,
-            cells=stage.cells,
-            classes=self.data.classes,
-            image_size=self.data.image_size,
-            channels_in=self.data.channels,
-            stem=stage.stem,
-        )
-        return {"params_m": cost.params / 1e6, "madds_m": cost.madds / 1e6}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the trial depends on, in plain containers and tensors."""
@@ -224,7 +231,16 @@ class TrialRun:
         self.peak_memory_mb, self.result = held["peak_memory_mb"], held["result"]
 
 
-SEARCH_SUMMARY = ("valid_loss", "valid_error", "train_error", "alpha_entropy", "beta_entropy", "alpha_margin")
+SEARCH_SUMMARY = (
+    "saved_mb",
+    "peak_memory_mb",
+    "valid_loss",
+    "valid_error",
+    "train_error",
+    "alpha_entropy",
+    "beta_entropy",
+    "alpha_margin",
+)
 """Metrics of the last search epoch that the result repeats, to stand in one row with the final error."""
 
 

@@ -47,7 +47,11 @@ def start(
     trial: str, arm: str = "K=4", seed: int = 0, attempt: str = "a0", time: float = 100.0
 ) -> dict[str, Any]:
     """A start row."""
-    config = {"seed": seed, "search": [{"epochs": 3, "keep": []}], "method": {"name": arm, "edge_norm": True}}
+    config = {
+        "seeds": {"split": 0, "search": seed, "retrain": seed},
+        "search": [{"epochs": 3, "keep": []}],
+        "method": {"name": arm, "edge_norm": True},
+    }
     name, axes = f"{arm} seed={seed}", {"arm": arm, "seed": seed}
     row = {"kind": "start", "trial": trial, "attempt": attempt, "time": time}
     return row | {"name": name, "arm": arm, "axes": axes, "config": config}

@@ -94,6 +94,25 @@ def test_a_wide_interval_does_not_squeeze_the_runs(build: Build, errors: list[fl
     assert "reaches further" in [text.get_text() for text in texts(figure)]
 
 
+def test_an_arm_whose_runs_depend_on_one_another_has_a_mean_alone(build: Build) -> None:
+    figure = error_by_arm(
+        build({"searched": [0.05, 0.07], "random": [0.109, 0.11, 0.111]}, reference=None, joint=True)
+    )
+    drawn = [np.asarray(line.get_xdata(), dtype=float) for line in figure.axes[0].lines]
+    means = [float(xs[0]) for xs in drawn if len(xs) == 1]
+    assert means == pytest.approx([6.0, 11.0])
+    assert sum(len(xs) == 2 and xs[0] < xs[1] for xs in drawn) == 1  # random's interval
+    assert "mean and 95 % interval" in [text.get_text() for text in texts(figure)]
+
+
+def test_a_figure_without_intervals_does_not_explain_them(build: Build) -> None:
+    figure = error_by_arm(build({"K=1": [0.05, 0.07], "random": [0.1, 0.12]}, scheduler="pbt"))
+    figure.draw_without_rendering()
+    found = [text.get_text() for text in texts(figure)]
+    assert "mean" in found
+    assert not any("interval" in text for text in found)
+
+
 def test_a_study_without_finished_runs_says_so(build: Build) -> None:
     figure = error_by_arm(build({"K=1": ["pending"], "K=4": ["failed"]}, baseline=None))
     assert "no finished run yet" in [text.get_text() for text in texts(figure)]

@@ -168,8 +168,8 @@ def test_a_finished_trial_is_one_row(tmp_path: Path) -> None:
         "name": "K=4 seed=7",
         "axes.arm": "K=4",
         "axes.seed": 7,
-        "seed": 7,
-        "config.seed": 7,
+        "search_seed": 7,
+        "config.seeds.search": 7,
         "config.search.0.epochs": 3,
         "config.search.0.keep": "[]",
         "config.method.edge_norm": True,
@@ -183,7 +183,7 @@ def test_a_finished_trial_is_one_row(tmp_path: Path) -> None:
         "ended": pd.Timestamp(datetime.fromtimestamp(200, UTC)),
     }
     assert {name: row[name] for name in expected} == expected
-    assert row[["reason", "valid_error", "madds_m"]].isna().all()
+    assert row[["reason", "valid_error", "madds_m", "skips_reduce", "search_saved_mb"]].isna().all()
 
 
 def test_a_retried_trial_counts_once_and_its_last_rows_win(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_retried_trial_counts_once_and_its_last_rows_win(tmp_path: Path) -> No
         "completed",
         0.2,
     )
-    assert (trial["seed"], trial["started"]) == (5, pd.Timestamp(100, unit="s", tz="UTC"))
+    assert (trial["search_seed"], trial["started"]) == (5, pd.Timestamp(100, unit="s", tz="UTC"))
     assert tables.epochs[["epoch", "key", "value", "attempt_id"]].values.tolist() == [
         [0, "train_loss", 1.0, "a1"],
         [1, "train_loss", 8.0, "a0"],
@@ -308,10 +308,20 @@ def test_config_columns_have_the_type_of_their_values(tmp_path: Path) -> None:
 
 
 def test_each_seed_is_a_column(tmp_path: Path) -> None:
-    config = {"seed": 1, "split_seed": 2, "data": {"seed": 9}, "seeds": 4}
-    trials = exported(tmp_path, [with_config("t", config, {"retrain_seed": 3})]).trials
-    assert trials[["seed", "split_seed", "retrain_seed"]].values.tolist() == [[1, 2, 3]]
-    assert "seeds" not in trials
+    seeds = {"split": 2, "search": 1, "retrain": 3}
+    trials = exported(tmp_path, [with_config("t", {"seeds": seeds, "data": {"seed": 9}}, {})]).trials
+    assert trials[["split_seed", "search_seed", "retrain_seed"]].values.tolist() == [[2, 1, 3]]
+
+
+def test_the_machine_of_a_trial_is_in_columns_if_recorded(tmp_path: Path) -> None:
+    host = {"node": "n1", "device": "cuda:0", "threads": 4}
+    trials = exported(tmp_path, [start("t") | {"host": host}, start("u")]).trials
+    assert trials[["host.node", "host.device", "host.threads"]].iloc[0].tolist() == ["n1", "cuda:0", 4]
+    assert trials.filter(like="host.").iloc[1].isna().all()
+
+
+def test_records_without_a_machine_have_no_columns_for_it(tmp_path: Path) -> None:
+    assert exported(tmp_path, [start("t")]).trials.filter(like="host.").empty
 
 
 def test_trials_stand_in_the_order_of_the_arms(build: Build) -> None:

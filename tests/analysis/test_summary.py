@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from analysis.records import Tables
 from analysis.summary import claims, render, rows, summarise, to_markdown
 
 from .conftest import Build, draws
@@ -64,6 +65,83 @@ def test_one_run_has_no_interval_and_the_table_says_so(build: Build) -> None:
     assert "K=1: one run, so the spread between runs is unknown: no interval." in text
 
 
+JOINT = "its configurations were chosen one in view of another"
+PBT = "members of its population copy one another"
+PRUNED = "2 of its 5 runs were stopped early, so those that finished were selected by validation error"
+DEPENDENT: dict[str, list[float | str]] = {
+    "K=1": [0.05, 0.06, 0.07, "pruned", "pruned"],
+    "random": [0.1, 0.12],
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({}, [PRUNED, ""]),
+        ({"scheduler": "asha", "joint": False}, [PRUNED, ""]),
+        ({"joint": True}, [f"{JOINT}, and {PRUNED}", ""]),
+        ({"scheduler": "pbt"}, [f"{PBT}, and {PRUNED}", PBT]),
+    ],
+)
+def test_runs_that_are_not_independent_have_a_mean_and_no_interval(
+    build: Build, fields: dict[str, object], reasons: list[str]
+) -> None:
+    summary = summarise(build(DEPENDENT, **fields))
+    assert summary["no_interval"].tolist() == reasons
+    assert summary["error_mean"].tolist() == pytest.approx([6, 11])
+    for bound in ("error_low", "error_high"):
+        assert summary[bound].isna().tolist() == [bool(reason) for reason in reasons]
+    assert f"- K=1: {reasons[0]}: no interval." in to_markdown(summary).splitlines()
+
+
+def test_an_arm_without_finished_runs_is_not_said_to_lack_an_interval(build: Build) -> None:
+    text = render(summarise(build({"K=1": ["pruned"], "random": [0.1, 0.2]})))
+    assert "K=1: no finished run (1 pruned of 1)." in text
+    assert "no interval" not in text
+
+
+def test_the_table_shows_what_a_search_step_keeps(build: Build) -> None:
+    tables = build({"K=1": [0.1, 0.2], "random": [0.1, 0.3]})
+    assert summarise(tables)["search_saved_mb"].isna().all()
+    tables.trials["search_saved_mb"] = [10.0, 20.5, np.nan, np.nan]
+    header, _, *body = to_markdown(summarise(tables)).splitlines()
+    place = [cell.strip() for cell in header.split("|")].index("saved MB")
+    assert "memory" in header.split("|")[place + 1]
+    assert [line.split("|")[place].strip() for line in body[:2]] == ["15.2", "-"]
+    del tables.trials["search_saved_mb"]  # exported by an older version
+    assert summarise(tables)["search_saved_mb"].isna().all()
+
+
+def failing(build: Build, *reasons: str) -> Tables:
+    """Tables of a study whose reference arm failed for these reasons, in the order of its trials."""
+    tables = build({"K=1": [0.1, 0.2, *["failed"] * len(reasons)], "random": [0.1, 0.3]})
+    failed = tables.trials["status"] == "failed"
+    tables.trials["reason"] = tables.trials["reason"].astype(object)
+    tables.trials.loc[failed, "reason"] = list(reasons)
+    return tables
+
+
+def test_the_first_reason_of_a_failure_is_printed(build: Build) -> None:
+    tables = failing(build, "worker\nlost \x1b[36mat once\x1b[0m", "disk full")
+    expected = 'First failure: "worker lost at once"; see column reason of trials.parquet for the rest.'
+    assert claims(tables)[0].endswith(f"in none of the numbers: 2 failed. {expected}")
+    for text in (render(summarise(tables)), to_markdown(summarise(tables))):
+        assert f"of the 2 finished. {expected}" in " ".join(text.split())
+
+
+def test_a_long_reason_keeps_both_ends_and_is_shortened(build: Build) -> None:
+    failure = summarise(failing(build, "first " + "x" * 500 + " last"))["failure"].iloc[0]
+    assert len(failure) <= 165
+    assert failure.startswith("first x")
+    assert failure.endswith("x last")
+
+
+def test_stopped_trials_are_no_failures(build: Build) -> None:
+    tables = build({"K=1": [0.1, "pruned"], "random": [0.1]})
+    tables.trials["reason"] = "stopped by the scheduler"
+    assert "stopped by" not in claims(tables)[0] + render(summarise(tables))
+
+
 def test_the_table_tells_what_is_missing(build: Build) -> None:
     summary = summarise(build({"K=1": [0.1, 0.2, "pruned", "oom", None], "K=4": ["pending"], "random": []}))
     for text in (render(summary), to_markdown(summary)):
@@ -79,7 +157,8 @@ def test_the_text_table_fits_a_terminal(build: Build) -> None:
     long = "method.supernet.partial_channels=4, method.supernet.edge_norm=True, search.0.epochs=50"
     errors: list[float | str] = [0.1, 0.9, *["failed"] * 10]
     summary = summarise(build({long: errors, "K=1": [0.5], "random": errors}))
-    text = render(summary.assign(search_seconds=123456.0, peak_memory_mb=123456.0, params_m=123.456))
+    wide = {"search_seconds": 123456.0, "search_saved_mb": 12345.6, "peak_memory_mb": 123456.0}
+    text = render(summary.assign(**wide, params_m=123.456))
     assert max(map(len, text.splitlines())) <= 100
     first_column = text.splitlines()[1].index(" ")
     names = [line[:first_column].strip() for line in text.split("\n\n")[0].splitlines()[2:]]
@@ -97,7 +176,7 @@ def test_columns_of_the_text_table_align(build: Build) -> None:
 def test_markdown_has_a_cell_per_column_and_escapes_bars(build: Build) -> None:
     text = to_markdown(summarise(build({"a|b": [0.1, 0.2], "random": [0.1]}, reference=None)))
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {9}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
     assert lines[2].startswith(r"| a\|b | 2 |")
 
 
@@ -155,6 +234,49 @@ def test_one_run_leaves_a_claim_undecided_and_out_of_the_family(build: Build) ->
     sentences = claims(build({"K=1": [0.1], "K=4": [0.2, 0.3], "random": [0.3, 0.5]}))
     assert '"K=4 errs less" is undecided at n=2 and 1: one run on a side' in sentences[1]
     assert "Holm's method over 1 comparison;" in sentences[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "doubt"),
+    [
+        ({}, f"{PRUNED} (K=1)"),
+        ({"joint": True}, f"{JOINT}, and {PRUNED} (K=1)"),
+        ({"scheduler": "pbt"}, f"{PBT}, and {PRUNED} (K=1); {PBT} (random)"),
+    ],
+)
+def test_runs_that_are_not_independent_get_no_verdict(
+    build: Build, fields: dict[str, object], doubt: str
+) -> None:
+    assert claims(build(DEPENDENT, **fields))[1:] == [
+        "K=1 against random (baseline): test error -5.00 percentage points, n = 3 and 2; "
+        f"no verdict: {doubt}."
+    ]
+
+
+def test_a_doubt_of_both_arms_is_said_once(build: Build) -> None:
+    sentences = claims(build({"K=1": [0.1, 0.2], "random": [0.3, 0.5]}, scheduler="pbt"))
+    assert sentences[1].endswith(f"no verdict: {PBT} (K=1, random).")
+
+
+def test_pairs_without_a_verdict_leave_the_family(build: Build) -> None:
+    whole, pruned = claims(build(FOUR)), claims(build({**FOUR, "K=2": [*FOUR["K=2"], "pruned"]}))
+    assert sum("no verdict" in sentence for sentence in pruned) == 2
+    assert "Holm's method over 7 comparisons;" in whole[-1]
+    assert "Holm's method over 5 comparisons;" in pruned[-1]
+    tests = {
+        (a, b): stats.ttest_ind(FOUR[a], FOUR[b], equal_var=False).pvalue
+        for a, b in [("K=4", "K=1"), ("K=8", "K=1"), *((a, "random") for a in ("K=1", "K=4", "K=8"))]
+    }
+    (a, b), least = min(tests.items(), key=lambda item: item[1])
+    sentence = next(sentence for sentence in pruned if sentence.startswith(f"{a} against {b} "))
+    assert (f"p = {5 * least:.3f}" if 5 * least >= 0.001 else "p < 0.001") in sentence
+
+
+def test_a_note_of_the_study_is_the_last_claim(build: Build) -> None:
+    outcomes = {"K=1": [0.1, 0.2], "random": [0.1, 0.3]}
+    plain = claims(build(outcomes))
+    assert claims(build(outcomes, note="Seeds share one split.")) == [*plain, "Seeds share one split."]
+    assert claims(build(outcomes, note=None)) == claims(build(outcomes, note="")) == plain
 
 
 def test_claims_say_what_is_missing(build: Build) -> None:

@@ -35,7 +35,7 @@ from experiments.study import (
     study_id,
 )
 from nas.config import paths
-from nas.metrics import saved_activation_bytes
+from nas.metrics import saved_activation_bytes, uniform_gates
 from nas.papers import PAPERS
 from nas.schedule import Constant, Cosine, Exponential, LinearTail
 from nas.searchers import RandomGenotype
@@ -65,7 +65,10 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         f"method={name}": {"method": name}
         for name in ("darts_1st", "darts_2nd", "pc_darts", "p_darts", "gdas")
     },
-    "sweep_depths": {f"depths={name}": {"depths": name} for name in ("8", "17", "5-11-17", "5-11-17 wider")},
+    "sweep_depths": {
+        f"depths={name}": {"depths": name}
+        for name in ("8", "17", "5-11-17", "5-11-17 wider", "5-11-17 dropout")
+    },
     "sweep_edge_norm": {"edge_norm=False": {"edge_norm": False}, "edge_norm=True": {"edge_norm": True}},
     "sweep_k": {f"K={k}": {"K": k} for k in (1, 2, 4, 8)},
     "sweep_skips": {f"M={m}": {"M": m} for m in (0, 1, 2, 3, 4, None)},
@@ -84,7 +87,7 @@ VARIED = {
 PAPERS_OWN = {
     ("sweep_k", "K=4"): "pc_darts",
     ("sweep_edge_norm", "edge_norm=True"): "pc_darts",
-    ("sweep_depths", "depths=5-11-17"): "p_darts",
+    ("sweep_depths", "depths=5-11-17 dropout"): "p_darts",
     ("sweep_skips", "M=2"): "p_darts",
     ("compare_methods", "method=darts_1st"): "darts_1st",
     ("compare_methods", "method=darts_2nd"): "darts_2nd",
@@ -168,6 +171,13 @@ def test_an_arm_differs_from_the_base_in_its_axis_alone(name: str, preset: Prese
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_the_random_arm_draws_under_the_cap_of_the_method(name: str, preset: Preset) -> None:
+    searchers = {p.trial.method.searcher for p in of_arm(planned(name, preset), "random")}
+    assert searchers == {RandomGenotype(max_skip=2 if name == "sweep_depths" else None)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_the_random_arm_is_retrained_alike_and_searches_nothing(name: str, preset: Preset) -> None:
     base = resolve(SCRIPTS[name].base, Settings(preset))
     for p in of_arm(planned(name, preset), "random"):
@@ -227,7 +237,7 @@ def test_depths_are_compared_at_equal_epochs() -> None:
     for preset in PRESETS:
         arms = {p.arm: p.trial.search for p in planned("sweep_depths", preset, seeds=1) if p.arm != "random"}
         assert len({sum(stage.epochs for stage in stages) for stages in arms.values()}) == 1
-        assert [len(stages) for stages in arms.values()] == [1, 1, 3, 3]
+        assert [len(stages) for stages in arms.values()] == [1, 1, 3, 3, 3]
         if preset == "paper":  # smaller ones round stage by stage
             assert len({sum(stage.frozen_epochs for stage in stages) for stages in arms.values()}) == 1
     assert [s.cells for s in sweep_depths.DEPTHS["5-11-17 wider"]] == [5, 11, 17]
@@ -326,7 +336,7 @@ def test_short_names_are_spelled_out() -> None:
 
 @pytest.mark.parametrize("study", SCRIPTS.values(), ids=SCRIPTS)
 def test_short_names_stand_for_fields(study: Study) -> None:
-    known = set(settable(study, Settings("paper")))
+    known = paths(resolve(study.base, Settings("paper")))
     for name in SHORT.values():
         assert name.replace("*", "0") in known, name
 
@@ -406,9 +416,8 @@ def test_a_k_that_does_not_divide_the_channels_is_refused_in_any_arm(k: int) -> 
         (sweep_k.STUDY, "method.supernet.partial_channels"),
         (sweep_k.STUDY, "method.supernet"),
         (sweep_k.STUDY, "method"),
-        (sweep_depths.STUDY, "search.0.epochs"),
-        (sweep_depths.STUDY, "search.*.batch_size"),
-        (compare_methods.STUDY, "method.arch_update.lr"),
+        (sweep_depths.STUDY, "search"),
+        (compare_methods.STUDY, "method"),
         (sweep_joint.STUDY, "method.arch_update.lr"),
         (sweep_joint.STUDY, "search.*.lr.start"),
         (sweep_joint.STUDY, "search.0.lr.start"),
@@ -421,10 +430,26 @@ def test_what_a_study_varies_cannot_be_set(study: Study, field: str) -> None:
         plan(study, Settings("tiny", changes={field: 1}))
 
 
+@pytest.mark.parametrize(
+    ("study", "field", "value"),
+    [
+        (sweep_depths.STUDY, "search.*.batch_size", 7),
+        (sweep_depths.STUDY, "search.0.epochs", 7),
+        (compare_methods.STUDY, "method.arch_update.lr", 7.0),
+    ],
+    ids=lambda value: value.name if isinstance(value, Study) else str(value),
+)
+def test_what_lies_below_a_varied_field_is_set_in_every_arm(study: Study, field: str, value: Any) -> None:
+    for p in plan(study, Settings("tiny", changes={field: value})):
+        if p.arm != "random":
+            assert paths(p.trial)[field.replace("*", "0")] == value
+
+
 def test_fields_for_set_are_listed_without_what_cannot_be_set() -> None:
     names = settable(sweep_skips.STUDY, Settings("tiny"))
     assert {"retrain.lr.start", "search.2.epochs", "data.limit", "method.arch_update.order"} <= set(names)
     assert not [name for name in names if name.endswith(".type")]
+    assert "method.searcher.max_skip" not in names  # what the study varies
 
 
 # Plans that are refused
@@ -492,7 +517,10 @@ def bytes_per_image(trial: Trial) -> float:
     )
     side = DIGITS.image_size
     few, many = (
-        saved_activation_bytes(supernet, torch.zeros(count, DIGITS.channels, side, side)) for count in (8, 24)
+        saved_activation_bytes(
+            supernet, uniform_gates(supernet), torch.zeros(count, DIGITS.channels, side, side)
+        )
+        for count in (8, 24)
     )
     return (many - few) / 16
 

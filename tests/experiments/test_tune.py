@@ -38,8 +38,8 @@ from nas.genotype import Genotype
 from nas.trial import TrialRun
 
 SMALL: dict[str, Any] = {"space.nodes": 2, "data.limit": 60, "data.test_limit": 20, "retrain.epochs": 3}
-MEASURED = {"seconds", "peak_memory_mb", "search_seconds", "retrain_seconds"}
-"""Metrics of the machine rather than of the trial."""
+MEASURED = ("seconds", "peak_memory_mb")
+"""How metrics of the machine end, rather than of the trial."""
 
 SEARCH_METRICS = {
     *(
@@ -118,7 +118,7 @@ def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         row = {name: value for name, value in row.items() if name not in ("time", "attempt")}
         if "metrics" in row:
-            row["metrics"] = {n: v for n, v in row["metrics"].items() if n not in MEASURED}
+            row["metrics"] = {n: v for n, v in row["metrics"].items() if not n.endswith(MEASURED)}
         told.append(row)
     return told
 
@@ -182,9 +182,10 @@ def test_rows_obey_the_contract() -> None:
     p = trials()[K4]
     start, *epochs, end = rows_of(complete(K4))
     common = {"kind", "trial", "attempt", "time"}
-    assert start.keys() == common | {"name", "arm", "axes", "config"}
+    assert start.keys() == common | {"name", "arm", "axes", "config", "params", "host"}
     assert (start["name"], start["arm"], start["axes"]) == ("K=4 seed=0", "K=4", {"K": 4, "seed": 0})
     assert start["config"] == p.trial.to_dict()
+    assert start["host"].keys() == {"node", "device", "threads"}
     for row in epochs:
         assert row.keys() == common | {"stage", "part", "epoch", "metrics", "genotype"}
         wanted = SEARCH_METRICS if row["stage"] == "search" else RETRAIN_METRICS
@@ -199,6 +200,18 @@ def test_rows_obey_the_contract() -> None:
     times = [row["time"] for row in (start, *epochs, end)]
     assert times == sorted(times)
     assert time.time() - 600 < times[0] <= time.time()
+
+
+def test_trials_are_searched_for_by_the_same_names_in_every_study() -> None:
+    wanted = {"seed": 0, "dataset": "digits", "space": "darts", "M": None}
+    searched = wanted | {"K": 4, "edge_norm": True, "order": 1, "depths": "3"}
+    assert rows_of(complete(K4))[0]["params"] == searched
+    assert rows_of(complete(RANDOM))[0]["params"] == wanted
+    progressive = tune.common_params(trials("sweep_depths")["depths=5-11-17 seed=1"].trial)
+    assert progressive["depths"] == "-".join(
+        str(s.cells) for s in trials("sweep_depths")["depths=5-11-17 seed=1"].trial.search
+    )
+    assert (progressive["seed"], progressive["K"], progressive["M"]) == (1, 1, 2)
 
 
 def test_an_end_repeats_what_the_epochs_said() -> None:
@@ -313,8 +326,18 @@ def test_a_trial_takes_no_checkpoint_of_another(tmp_path: Path) -> None:
     running = actor(K4)
     running.step()
     running.save_checkpoint(str(tmp_path))
-    with pytest.raises(ValueError, match=f"checkpoint of trial {running.id} cannot continue trial"):
-        actor(K8, restore=str(tmp_path))
+    results = to_the_end(actor(K8, restore=str(tmp_path)))
+    assert [row["kind"] for row in rows_of(results)] == ["start", "end"]  # nor does it start anew unasked
+    reason = single_end(results, "failed")["reason"]
+    assert f"checkpoint of trial {running.id} cannot continue trial" in reason
+
+
+def test_a_torn_checkpoint_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / tune.CHECKPOINT).write_bytes(b"half a file")
+    refused = actor(K4, restore=str(tmp_path))
+    refused.save_checkpoint(str(tmp_path))
+    assert (tmp_path / tune.CHECKPOINT).read_bytes() == b"half a file"
+    assert single_end(to_the_end(refused), "failed")
 
 
 def test_checkpoints_come_with_stages_and_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,15 +488,30 @@ def test_memory_that_runs_out_at_the_start_ends_a_trial(
     assert single_end(results, "oom")["reason"] == "no room for the supernet"
 
 
-def test_another_error_is_ray_s_to_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_an_error_of_its_own_ends_a_trial_and_is_not_paid_for_again(
+    epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = actor(K4)
+    results = [running.step() for _ in range(epochs)]
 
     def step(run: TrialRun) -> None:
-        raise RuntimeError("a disk went away")
+        raise KeyError("no such node")
 
     monkeypatch.setattr(TrialRun, "step", step)
-    with pytest.raises(RuntimeError, match="a disk went away"):
-        running.step()
+    results += to_the_end(running)
+    assert len(results) == epochs + 1
+    end = single_end(results, "failed")
+    assert end["reason"].startswith("KeyError: 'no such node' (test_tune.py, line ")
+    assert (end["genotype"] is None) == (epochs == 0)  # 2: the search is over
+
+
+def test_an_error_at_the_start_ends_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(tune, "TrialRun", build)
+    assert "no kernel image is available" in single_end(to_the_end(actor(K4)), "failed")["reason"]
 
 
 def test_a_worker_that_is_lost_leaves_a_trial_that_counts_once(tmp_path: Path) -> None:
@@ -485,7 +523,7 @@ def test_a_worker_that_is_lost_leaves_a_trial_that_counts_once(tmp_path: Path) -
     assert list(tables.trials["status"]) == ["completed"]
     (once,) = [export(tmp_path / "once", rows_of(complete(K4)))]
     columns = ["stage", "epoch", "key", "value"]
-    kept = [frame[~frame["key"].isin(MEASURED)][columns] for frame in (tables.epochs, once.epochs)]
+    kept = [f[~f["key"].astype(str).str.endswith(MEASURED)][columns] for f in (tables.epochs, once.epochs)]
     assert kept[0].equals(kept[1])
 
 
@@ -656,9 +694,11 @@ def test_a_trial_that_diverges_says_nothing_of_the_others(name: SchedulerName) -
 
 def test_hyperband_judges_retraining_epochs() -> None:
     chosen = scheduler("hyperband", epochs=9)
-    (member,) = members(chosen, 1)
-    assert decide(chosen, member, training_iteration=100) == "CONTINUE"
-    assert decide(chosen, member, training_iteration=109, **{TIME: 9, METRIC: 0.1}) != "CONTINUE"
+    *_, one, other = members(chosen, 5)  # a second bracket, whose first rung is a third of the way
+    assert decide(chosen, one, training_iteration=100) == "CONTINUE"
+    decisions = [decide(chosen, one, training_iteration=100 + e, **{TIME: e, METRIC: 0.1}) for e in (1, 2, 3)]
+    assert decisions == ["CONTINUE", "CONTINUE", "PAUSE"]  # to wait for the other
+    assert decide(chosen, other, training_iteration=2, **{TIME: 1, METRIC: 0.1}) == "CONTINUE"
 
 
 def test_optuna_is_told_of_retraining_epochs_alone() -> None:
@@ -693,7 +733,7 @@ def test_a_resumed_joint_search_draws_other_values(tmp_path: Path, monkeypatch: 
         folder.mkdir()
         place = Place(Resources(max_concurrent=2), arrays(), recorder, folder)
         for count in (2, 2):
-            tune.run_joint(joint, count, ["error"], place, "fifo")
+            tune.run_joint(joint, count, ["error"], place)
     assert drawn[:4] == drawn[4:]  # the same study draws the same
     assert len(set(drawn)) == 4  # and goes on where it stopped
 
@@ -758,6 +798,7 @@ def test_a_trial_that_a_scheduler_stops_ends_pruned(kept: Kept, tmp_path: Path) 
     tell(forward, "complete", member)
     end = kept.rows[-1]
     assert (end["status"], end["metrics"]) == ("pruned", {})
+    assert end["genotype"] == rows_of(complete(K4))[-1]["genotype"]
     assert end["reason"] == "stopped by the scheduler after 2 retraining epochs"
     assert {end["attempt"], end["trial"]} == {kept.rows[0]["attempt"], kept.rows[0]["trial"]}
     assert forward.ended == 1
@@ -845,6 +886,7 @@ def test_slots_are_what_fits_at_once(machine: Callable[..., None]) -> None:
     assert tune.slots(Resources(gpus_per_trial=0.5)) == 4
     assert tune.slots(Resources(max_concurrent=3)) == 3
     assert tune.slots(Resources(cpus_per_trial=16)) == 1
+    assert tune.slots(Resources(address="head:6379", cpus_per_trial=4)) == 8  # a cluster may grow
 
 
 def test_trials_that_split_the_same_images_share_them() -> None:

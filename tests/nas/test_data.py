@@ -204,23 +204,19 @@ def test_an_ordered_epoch_is_a_permutation_of_images_with_their_labels() -> None
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "drop_last", "sizes"),
-    [
-        (32, False, [32, 32, 32, 4]),
-        (32, True, [32, 32, 32]),
-        (50, True, [50, 50]),
-        (100, True, [100]),
-        (128, True, [100]),
-        (128, False, [100]),
-    ],
+    ("batch_size", "sizes"),
+    [(32, [32, 32, 32, 4]), (50, [50, 50]), (100, [100]), (128, [100]), (33, [33, 33, 34]), (99, [100])],
 )
-def test_the_last_batch_is_dropped_only_if_asked_and_not_alone(
-    batch_size: int, drop_last: bool, sizes: list[int]
-) -> None:
+def test_a_single_image_left_over_joins_the_batch_before(batch_size: int, sizes: list[int]) -> None:
     data = Data(coded(100), DataConfig(valid=0, weights_share=1), 0, CPU)
-    batches = list(data.batches("train", batch_size, order=None, drop_last=drop_last))
+    batches = list(data.batches("train", batch_size, order=None))
     assert [len(images) for images, _ in batches] == sizes
     assert [len(labels) for _, labels in batches] == sizes
+
+
+def test_batches_of_one_stay_batches_of_one() -> None:
+    data = Data(coded(8), DataConfig(valid=0, weights_share=1), 0, CPU)
+    assert [len(images) for images, _ in data.batches("train", 1, order=None)] == [1] * 8
 
 
 def test_batches_depend_only_on_their_generators() -> None:

@@ -14,6 +14,7 @@ from nas.genotype import Cell, Genotype
 from nas.metrics import (
     METRICS,
     Average,
+    Probe,
     alpha_entropy,
     alpha_margin,
     beta_entropy,
@@ -61,6 +62,10 @@ def batches() -> list[Batch]:
     return [(images[:8], labels[:8]), (images[8:], labels[8:])]
 
 
+def probe(state: SearchState, genotype: Genotype = GENOTYPE) -> Probe:
+    return Probe(state, genotype, batches)
+
+
 def set_logits(state: SearchState, name: str, rows: list[list[float]]) -> None:
     with torch.no_grad():
         state.arch.logits[name].copy_(torch.tensor(rows))
@@ -78,9 +83,9 @@ def subsets(*sizes: int) -> dict[str, Choices]:
 @pytest.mark.parametrize("space", [*SPACES.values(), SMALL], ids=lambda space: space.name)
 def test_entropy_is_one_and_the_margin_zero_where_nothing_is_decided(space: CellSpace) -> None:
     state = state_of(space, CellSupernetConfig(edge_norm=True))
-    assert alpha_entropy(state, GENOTYPE) == pytest.approx(1)
-    assert beta_entropy(state, GENOTYPE) == pytest.approx(1)
-    assert alpha_margin(state, GENOTYPE) == pytest.approx(0)
+    assert alpha_entropy(probe(state)) == pytest.approx(1)
+    assert beta_entropy(probe(state)) == pytest.approx(1)
+    assert alpha_margin(probe(state)) == pytest.approx(0)
 
 
 def test_entropy_is_zero_and_the_margin_one_where_all_is_decided() -> None:
@@ -88,20 +93,20 @@ def test_entropy_is_zero_and_the_margin_one_where_all_is_decided() -> None:
     with torch.no_grad():
         for logits in state.arch.parameters():
             logits[:, 0] = 200.0
-    assert alpha_entropy(state, GENOTYPE) == pytest.approx(0)
-    assert beta_entropy(state, GENOTYPE) == pytest.approx(0)
-    assert alpha_margin(state, GENOTYPE) == pytest.approx(1)
+    assert alpha_entropy(probe(state)) == pytest.approx(0)
+    assert beta_entropy(probe(state)) == pytest.approx(0)
+    assert alpha_margin(probe(state)) == pytest.approx(1)
 
 
 def test_entropy_and_margin_of_surviving_operations() -> None:
     state = state_of(choices=subsets(4, 3, 2, 2, 1))
     # Of the options that are left, not of all; an edge with one of them has nothing to decide.
-    assert alpha_entropy(state, GENOTYPE) == pytest.approx(1)
-    assert alpha_margin(state, GENOTYPE) == pytest.approx(0)
+    assert alpha_entropy(probe(state)) == pytest.approx(1)
+    assert alpha_margin(probe(state)) == pytest.approx(0)
     for name in state.arch.logits:
         set_logits(state, name, [[0.0, 0, 0, 0], [0.0, 0, 0, 0], [0.0, 200, 0, 0], [0.0, 0, 0, 0], [0.0] * 4])
-    assert alpha_entropy(state, GENOTYPE) == pytest.approx(3 / 4)
-    assert alpha_margin(state, GENOTYPE) == pytest.approx(1 / 4)
+    assert alpha_entropy(probe(state)) == pytest.approx(3 / 4)
+    assert alpha_margin(probe(state)) == pytest.approx(1 / 4)
 
 
 def test_margin_and_entropy_of_two_options_are_those_of_a_logistic() -> None:
@@ -109,19 +114,19 @@ def test_margin_and_entropy_of_two_options_are_those_of_a_logistic() -> None:
     for name in state.arch.logits:
         set_logits(state, name, [[1.5, 0.0, 9.0, 9.0]] * 5)  # the last two are not allowed
     p = 1 / (1 + math.exp(-1.5))
-    assert alpha_margin(state, GENOTYPE) == pytest.approx(2 * p - 1)
+    assert alpha_margin(probe(state)) == pytest.approx(2 * p - 1)
     entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(2)
-    assert alpha_entropy(state, GENOTYPE) == pytest.approx(entropy)
+    assert alpha_entropy(probe(state)) == pytest.approx(entropy)
 
 
 def test_nothing_to_decide_has_no_entropy_and_no_margin() -> None:
     state = state_of(choices=subsets(1, 1, 1, 1, 1))
-    assert alpha_entropy(state, GENOTYPE) is None
-    assert alpha_margin(state, GENOTYPE) is None
+    assert alpha_entropy(probe(state)) is None
+    assert alpha_margin(probe(state)) is None
 
 
 def test_without_edge_normalisation_there_is_no_entropy_of_edges() -> None:
-    assert beta_entropy(state_of(), GENOTYPE) is None
+    assert beta_entropy(probe(state_of())) is None
 
 
 # Of the genotype
@@ -130,15 +135,15 @@ def test_without_edge_normalisation_there_is_no_entropy_of_edges() -> None:
 def test_descriptions_of_the_genotype() -> None:
     normal = Cell((((SKIP, 0), (SEP3, 1)), ((SKIP, 2), (SKIP, 0))), (2, 3))
     reduce = Cell((((SEP3, 0), (SEP3, 1)), ((SEP3, 0), (SEP3, 1))), (2, 3))
-    found = describe(state_of(), Genotype(normal, reduce))
-    assert found["skips"] == 3
+    found = describe(probe(state_of(), Genotype(normal, reduce)))
+    assert (found["skips"], found["skips_reduce"]) == (3, 0)
     assert (found["depth_normal"], found["depth_reduce"]) == (2, 1)
     assert (found["width_normal"], found["width_reduce"]) == (3, 4)
 
 
 def test_every_metric_is_described_in_the_order_of_its_columns() -> None:
     computed = [name for name, metric in METRICS.items() if metric.compute is not None]
-    assert list(describe(state_of(), GENOTYPE)) == computed
+    assert list(describe(probe(state_of()))) == computed
     assert all(metric.unit and metric.meaning for metric in METRICS.values())
 
 

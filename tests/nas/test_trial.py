@@ -31,7 +31,7 @@ from nas.trial import Row, Seeds, Trial, TrialRun, run_trial
 CPU = torch.device("cpu")
 DATA = DataConfig(limit=120, test_limit=60)
 """48 images for weights, 48 for the architecture, 24 for validation, 60 for the test."""
-MEASURED = {"seconds", "peak_memory_mb", "search_seconds", "retrain_seconds"}
+MEASURED = {"seconds", "peak_memory_mb", "search_seconds", "retrain_seconds", "search_peak_memory_mb"}
 """Metrics of the machine rather than of the trial."""
 
 
@@ -563,7 +563,7 @@ def test_a_trial_that_cannot_be_built_is_refused_before_data_is_loaded() -> None
 )
 def test_stages_without_sense_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=rf"search stage: .*{next(iter(changes))}={next(iter(changes.values()))}"
+        ValueError, match=rf"SearchStage: .*{next(iter(changes))}={next(iter(changes.values()))}"
     ):
         SearchStage(**changes)
 
