@@ -151,11 +151,10 @@ def parse_changes(entries: Sequence[str]) -> dict[str, Any]:
             )
         if name in changes:
             raise ValueError(f"--set {entry!r}: {name} is given twice; give it once")
-        changes[name] = parse_value(value.strip())
-        if name in NAMED:
-            if changes[name] not in NAMED[name]:
-                raise ValueError(f"--set {entry!r}: no such {name}; use one of {', '.join(NAMED[name])}")
-            changes[name] = NAMED[name][changes[name]]
+        value = value.strip()
+        if name in NAMED and value not in NAMED[name]:
+            raise ValueError(f"--set {entry!r}: no such {name}; use one of {', '.join(NAMED[name])}")
+        changes[name] = NAMED[name][value] if name in NAMED else parse_value(value)
     return changes
 
 

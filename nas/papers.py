@@ -139,7 +139,7 @@ def laptop(trial: Trial) -> Trial:
 
     Widths, depths and epochs keep their proportions between stages; a part of the images is held out.
     """
-    return _shrunk(trial, _Size(search_epochs=9, retrain_epochs=12, cells=5, batch_size=64))
+    return _shrunk(trial, _Size(search_epochs=6, retrain_epochs=10, cells=4, batch_size=64))
 
 
 def tiny(trial: Trial) -> Trial:

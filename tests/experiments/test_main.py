@@ -130,6 +130,19 @@ def test_arms_with_other_stages_have_no_common_batch(refusal: Refusal) -> None:
     assert "this study varies them, use fixed" in said
 
 
+def test_another_paper_takes_the_place_of_the_study_s_own() -> None:
+    job = ready("--paper", "p_darts")
+    assert [p.arm for p in job.planned] == ["K=1", "K=2", "K=4", "K=8", "random"]
+    for p in job.planned[:-1]:
+        assert len(p.trial.search) == 3
+        assert p.trial.method.searcher.max_skip == 2
+    assert job.meta["plan_id"] != ready().meta["plan_id"]
+
+
+def test_an_unknown_paper_is_refused(refusal: Refusal) -> None:
+    assert "argument --paper: invalid choice: 'nasnet'" in refusal("--paper", "nasnet")
+
+
 # Data
 
 
@@ -212,11 +225,8 @@ def test_a_scheduler_needs_epochs_to_compare(refusal: Refusal) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--scheduler", "pbt"), "--scheduler pbt chooses values itself; use fifo, asha or median"),
-        (
-            ("--scheduler", "asha", "--objectives", "error", "params"),
-            "--scheduler asha needs one objective, not error and params; use fifo",
-        ),
+        (("--scheduler", "pbt"), "--scheduler pbt: Optuna would take the error of a trial stopped early"),
+        (("--scheduler", "asha"), "for its last; use fifo"),
         (
             ("--set", "data.valid=0"),
             "a joint search compares validation errors, but this recipe holds no image",
@@ -295,6 +305,35 @@ def test_a_folder_with_something_else_in_it_is_refused(refusal: Refusal, tmp_pat
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "notes.txt").touch()
     assert "--out held is not empty and holds no study; choose a new folder" in refusal("--out", "held")
+
+
+def test_a_study_does_not_go_on_with_other_data(refusal: Refusal, tmp_path: Path) -> None:
+    path = parquet(tmp_path / "images.parquet", [0, 1] * 20)
+    begun(tmp_path / "held", "--data", str(path))
+    parquet(path, [0, 1] * 21)
+    said = refusal("--data", str(path), "--out", "held", "--resume")
+    assert "--resume held: the data are not those the study began with (sha256 " in said
+    assert "restore them, or start anew" in said
+
+
+def test_a_study_that_goes_on_stays_the_study_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = begun(tmp_path / "held", "--scheduler", "asha")
+    assert capsys.readouterr().out == ""
+    told = {"git_commit": "c0ffee", "data_sha256": first.arrays.sha256}
+    monkeypatch.setattr(command, "provenance", lambda *_: told)
+    again = ready("--scheduler", "asha", "--out", "held", "--resume")
+    assert again.meta == first.meta
+    said = capsys.readouterr().out
+    assert f"note: the study began at commit {first.meta['provenance']['git_commit']}, this is c0ffee" in said
+    assert "note: asha has forgotten earlier trials" in said
+
+
+def test_two_runs_of_one_plan_are_two_studies() -> None:
+    one, two = ready(), ready()
+    assert one.meta["plan_id"] == two.meta["plan_id"]
+    assert one.meta["study_id"] != two.meta["study_id"]
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
@@ -540,8 +579,9 @@ class Stage:
     stop_after: int | None = None
     """Ctrl-C after so many trials."""
     planned: list[str] = field(default_factory=list)
-    joint: list[tuple[Joint, int, str]] = field(default_factory=list)
+    joint: list[tuple[Joint, int, Sequence[str]]] = field(default_factory=list)
     restored: Mapping[str, Path] = field(default_factory=dict)
+    uris: list[str] = field(default_factory=list)
     tracked: list[dict[str, Any]] = field(default_factory=list)
     closed: list[tuple[Sequence[Path], str]] = field(default_factory=list)
 
@@ -559,10 +599,8 @@ class Stage:
             for row in rows_of(p, self.ends.get(p.name, "completed")):
                 place.recorder.row(row)
 
-    def run_joint(
-        self, joint: Joint, trials: int, objectives: Sequence[str], place: Any, scheduler: str
-    ) -> None:
-        self.joint.append((joint, trials, scheduler))
+    def run_joint(self, joint: Joint, trials: int, objectives: Sequence[str], place: Any) -> None:
+        self.joint.append((joint, trials, objectives))
         for number in range(trials):
             chosen = replace(joint.base.trial, seeds=replace(joint.base.trial.seeds, search=100 + number))
             p = replace(joint.base, name=f"searched {number}", axes={"K": 4}, trial=chosen)
@@ -602,6 +640,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
     class Tracked:
         def __init__(self, uri: str, study: Mapping[str, Any], folder: Path) -> None:
+            stage.uris.append(uri)
             assert (folder / "study.json").exists()
 
         def open(self) -> None: ...
@@ -661,11 +700,13 @@ def test_only_what_has_not_ended_is_resumed(stage: Stage, capsys: pytest.Capture
         "K=4 seed=0": "oom",
         "K=8 seed=0": "pruned",
     }
-    main(sweep_k.STUDY, [*TINY, "--out", "study"])
+    with pytest.raises(SystemExit, match="1"):  # for scripts to see that something failed
+        main(sweep_k.STUDY, [*TINY, "--out", "study"])
     checkpoint = Path("study/tune/run-1") / trial_id("K=1 seed=0") / "checkpoint_000000"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.pt").touch()
     stage.planned.clear()
+    stage.ends = {}
     main(sweep_k.STUDY, [*TINY, "--out", "study", "--resume"])
     assert stage.planned == ["K=1 seed=0"]  # it failed; the others would end again as they did
     assert stage.restored == {trial_id("K=1 seed=0"): checkpoint}
@@ -711,12 +752,23 @@ def test_a_study_that_recorded_nothing_ends_without_claims(
     assert stage.closed == [([], "")]
 
 
+def test_mlflow_is_where_the_user_says(stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(folder: str, *more: str) -> str:
+        main(sweep_edge_norm.STUDY, [*TINY, "--out", folder, *more])
+        return stage.uris[-1]
+
+    assert run("one/study") == f"sqlite:///{tmp_path / 'one' / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert run("two/study") == "http://tracking:5000"
+    assert run("three/study", "--tracking-uri", "sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"
+
+
 def test_a_joint_search_runs_its_baseline_first_and_in_full(stage: Stage) -> None:
-    arguments = [*TINY, "--out", "study", "--scheduler", "asha", "--trials", "3"]
+    arguments = [*TINY, "--out", "study", "--objectives", "error", "params", "--trials", "3"]
     main(sweep_joint.STUDY, arguments)
     assert stage.planned == ["random seed=0"]
-    (joint, trials, scheduler), *others = stage.joint
-    assert (trials, scheduler, others) == (3, "asha", [])
+    (joint, trials, objectives), *others = stage.joint
+    assert (trials, objectives, others) == (3, ["error", "params"], [])
     assert list(joint.domains) == ["depths", "K", "edge_norm", "M", "lr", "arch_lr"]
     assert [len(joint.named["depths"][name]["search"]) for name in ("8", "5-11-17")] == [1, 3]
     main(sweep_joint.STUDY, [*arguments, "--resume"])

@@ -36,9 +36,10 @@ from experiments.study import (
 )
 from nas.config import paths
 from nas.metrics import saved_activation_bytes, uniform_gates
-from nas.papers import PAPERS
+from nas.papers import PAPERS, RECIPES
 from nas.schedule import Constant, Cosine, Exponential, LinearTail
 from nas.searchers import RandomGenotype
+from nas.spaces.cell import SPACES
 from nas.trial import Trial
 
 SCRIPTS = {
@@ -362,6 +363,19 @@ def test_a_change_has_an_equals_sign(entry: str) -> None:
 def test_a_field_is_set_once() -> None:
     with pytest.raises(ValueError, match=r"K=2.*partial_channels is given twice"):
         parse_changes(["method.supernet.partial_channels=4", "K=2"])
+
+
+@pytest.mark.parametrize(
+    ("field", "known"), [("space", SPACES), ("retrain", RECIPES)], ids=["space", "retrain"]
+)
+def test_spaces_and_recipes_are_set_by_name(field: str, known: dict[str, Any]) -> None:
+    for name, value in known.items():
+        assert parse_changes([f"{field}={name}"]) == {field: value}
+    trials = planned("sweep_k", "tiny", changes=parse_changes([f"{field}={next(reversed(known))}"]))
+    assert {getattr(p.trial, field) for p in trials} == {known[next(reversed(known))]}
+    for wrong in ("nonsense", "[1]", "{}", "4"):
+        with pytest.raises(ValueError, match=f"no such {field}; use one of {', '.join(known)}"):
+            parse_changes([f"{field}={wrong}"])
 
 
 def test_a_change_reaches_every_trial() -> None:
