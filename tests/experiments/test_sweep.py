@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -40,7 +41,13 @@ SWEEP = replace(sweep_k.STUDY, axes=(axis("K", 1, 4),))
 """Three trials with one seed: K=1, K=4, random."""
 
 SMALL = ("--preset", "tiny", "--seeds", "1")
-SETTINGS = ("data.limit=80", "data.test_limit=20", "space.nodes=2", "search.*.epochs=2", "retrain.epochs=2")
+SETTINGS = {
+    "data.limit": 80,
+    "data.test_limit": 20,
+    "space.nodes": 2,
+    "search.*.epochs": 2,
+    "retrain.epochs": 2,
+}
 
 MEASURED = ("seconds", "peak_memory_mb")
 """How metrics of the machine end, rather than of the trial."""
@@ -68,8 +75,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
-def small(folder: Path, uri: str, *more: str, changes: tuple[str, ...] = ()) -> list[str]:
-    return [*SMALL, "--out", str(folder), "--tracking-uri", uri, "--set", *SETTINGS, *changes, *more]
+def small(folder: Path, uri: str, *more: str, **changes: int) -> list[str]:
+    settings = [f"{name}={value}" for name, value in (SETTINGS | changes).items()]
+    return [*SMALL, "--out", str(folder), "--tracking-uri", uri, "--set", *settings, *more]
 
 
 def outcome(folder: Path) -> pd.DataFrame:
@@ -103,8 +111,9 @@ class Finished:
         return MlflowClient(self.uri)
 
     def runs(self, query: str) -> list[Any]:
-        mlflow.set_tracking_uri(self.uri)
-        found = mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list")
+        with pytest.MonkeyPatch.context() as patch:  # set_tracking_uri would outlive the test
+            patch.setenv("MLFLOW_TRACKING_URI", self.uri)
+            found = mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list")
         return list(found)
 
 
@@ -256,7 +265,7 @@ def test_every_script_runs_to_its_claims(study: Study, tmp_path: Path) -> None:
 def test_every_scheduler_leaves_an_end_of_every_trial(name: str, store: str, tmp_path: Path) -> None:
     study = replace(SWEEP, axes=(axis("K", 4),), reference=None, baseline=False)
     more = ("--scheduler", name, "--seeds", "4")
-    main(study, small(tmp_path / "study", store, *more, changes=("retrain.epochs=8",)))
+    main(study, small(tmp_path / "study", store, *more, **{"retrain.epochs": 8}))
     trials = records.read_tables(tmp_path / "study").trials
     assert len(trials) == 4
     assert set(trials["status"]) <= {"completed", "pruned"}
@@ -267,12 +276,38 @@ def test_every_scheduler_leaves_an_end_of_every_trial(name: str, store: str, tmp
 
 @pytest.mark.slow
 def test_a_trial_that_diverges_stops_no_other(store: str, tmp_path: Path) -> None:
-    study = replace(SWEEP, axes=(axis("retrain.lr.start", 0.05, 1e30),), reference=None)
+    study = replace(SWEEP, axes=(axis("retrain.weight_decay", 3e-4, 1e30),), reference=None)
     for name in ("fifo", "median"):
         main(study, small(tmp_path / name, store, "--scheduler", name))
         statuses = records.read_tables(tmp_path / name).trials.groupby("arm")["status"].agg(list)
-        assert statuses["retrain.lr.start=1e+30"] == ["diverged"]
-        assert statuses["retrain.lr.start=0.05"] == statuses["random"] == ["completed"]
+        assert statuses["retrain.weight_decay=1e+30"] == ["diverged"]
+        assert statuses["retrain.weight_decay=0.0003"] == statuses["random"] == ["completed"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_figures")
+def test_ctrl_c_stops_a_study_that_then_goes_on(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, folder = replace(SWEEP, axes=(axis("K", 4),), reference=None), tmp_path / "study"
+    count = command.Progress.row
+
+    def stop(progress: command.Progress, row: dict[str, Any]) -> None:
+        count(progress, row)
+        if row["kind"] == "epoch" and progress.epochs.total() == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(command.Progress, "row", stop)
+        with pytest.raises(SystemExit) as end:
+            main(study, small(folder, store))
+    signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert f"--resume --out {folder} goes on from here" in capsys.readouterr().err
+    assert "completed" not in set(records.read_tables(folder).trials["status"])
+    main(study, small(folder, store, "--resume"))
+    assert list(records.read_tables(folder).trials["status"]) == ["completed", "completed"]
 
 
 @pytest.mark.slow
@@ -294,7 +329,7 @@ def test_a_progressive_and_a_second_order_search_run_on_cifar10(paper: str) -> N
     torch.set_num_threads(1)
     changes = {"search.*.epochs": 2, "search.*.frozen_epochs": 1, "retrain.epochs": 2}
     trial = override(
-        replace(tiny(PAPERS[paper]), data=DataConfig(str(CIFAR10), limit=200, test_limit=100)), changes
+        replace(tiny(PAPERS[paper]), data=DataConfig(str(CIFAR10), limit=120, test_limit=50)), changes
     )
     rows: list[Row] = []
     result = run_trial(trial, rows.append)
