@@ -200,7 +200,7 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     identity = study_id(study, settings, planned)
     folder = _folder(study, options, identity)
     joint_trials = _joint_trials(study, options)
-    meta = _describe(study, settings, options, planned, arrays, identity)
+    meta = _describe(study, options, base, planned, arrays, identity)
     if options.resume:
         meta = _resumed(folder, meta)
     return Job(study, settings, options, base, planned, joint_trials, arrays, folder, meta)
@@ -414,8 +414,8 @@ def _write_study(folder: Path, meta: Mapping[str, Any]) -> None:
 
 def _describe(
     study: Study,
-    settings: Settings,
     options: argparse.Namespace,
+    base: Trial,
     planned: Sequence[Planned],
     arrays: Arrays,
     identity: str,
@@ -431,7 +431,7 @@ def _describe(
         "name": study.name,
         "note": study.note or None,
         "question": study.question,
-        "preset": settings.preset,
+        "preset": options.preset,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "axis": study.axes[0].name if len(study.axes) == 1 else None,
@@ -440,8 +440,8 @@ def _describe(
         "arms": arms,
         "joint": bool(study.joint),
         "scheduler": options.scheduler,
-        "batch": settings.batch,
-        "provenance": provenance(arrays.name, arrays.sha256, resolve(study.base, settings).to_dict()),
+        "batch": options.batch,
+        "provenance": provenance(arrays.name, arrays.sha256, base.to_dict()),
     }
 
 

@@ -200,16 +200,7 @@ class TrialActor(tune.Trainable):
         self.run = None
 
     def _start(self) -> dict[str, Any]:
-        planned = self.planned
-        return self._record(
-            "start",
-            name=planned.name,
-            arm=planned.arm,
-            axes=dict(planned.axes),
-            config=planned.trial.to_dict(),
-            params=common_params(planned.trial),
-            host=host(self.device),
-        )
+        return self._record("start", **described(self.planned), host=host(self.device))
 
     def _epoch(self, row: Row) -> dict[str, Any]:
         genotype = str(row.genotype) if row.genotype else None
@@ -345,15 +336,22 @@ class Forward(tune.Callback):
             "trial": trial.config["planned"]["id"] or planned.trial.id,
             "attempt": trial.trial_id,
             "time": time.time(),
-            "name": planned.name,
-            "arm": planned.arm,
-            "axes": dict(planned.axes),
-            "config": planned.trial.to_dict(),
-            "params": common_params(planned.trial),
+            **described(planned),
             "host": None,
         }
         self.recorder.row(row)
         return row
+
+
+def described(planned: Planned) -> dict[str, Any]:
+    """What the start row of a trial says of its plan."""
+    return {
+        "name": planned.name,
+        "arm": planned.arm,
+        "axes": dict(planned.axes),
+        "config": planned.trial.to_dict(),
+        "params": common_params(planned.trial),
+    }
 
 
 def common_params(trial: Trial) -> dict[str, Any]:
@@ -470,7 +468,6 @@ def run_planned(
             for config in configs
             if config["arm"] == arm
         ]
-        # PBT still needs checkpoints that a kept number of two would have deleted.
         trial = next(p.trial for p in planned if p.arm == arm)
         start = {
             "retrain.lr.start": getattr(trial.retrain.lr, "start", 0.0),
@@ -478,6 +475,7 @@ def run_planned(
         }
         space = {"planned": tune.grid_search(population), **start}
         tuning = _tuning(place, scheduler_name, epochs)
+        # PBT still needs checkpoints that a kept number of two would have deleted.
         _fit(space, tuning, place, trials=len(population), keep=None)
 
 

@@ -16,7 +16,7 @@ from nas.genotype import Genotype
 from nas.metrics import Average, peak_memory_mb, reset_peak_memory
 from nas.network import Network, Stem, retrain_loss
 from nas.ops import Noise
-from nas.schedule import Cosine, Ramp, Schedule
+from nas.schedule import Cosine, Ramp, Schedule, check_probability
 from nas.search import Values
 from nas.state import Batch, load_optimizer
 from nas.streams import generator, seeded
@@ -58,9 +58,7 @@ class RetrainStage:
             auxiliary_weight=(0, inf, "0 leaves the auxiliary head out"),
             label_smoothing=(0, 1, "0 smooths nothing"),
         )
-        highest = max(self.drop_path.at(epoch, self.epochs) for epoch in range(self.epochs))
-        if not highest < 1:
-            raise ValueError(f"RetrainStage: drop_path reaches {highest}; a probability must stay below 1")
+        check_probability(self, "drop_path", self.epochs)
 
 
 class RetrainRun:

@@ -154,3 +154,15 @@ class SkipDropout:
 
 
 Schedule = Constant | Linear | Ramp | Cosine | LinearTail | Exponential | SkipDropout
+
+
+def check_probability(owner: object, name: str, epochs: int) -> None:
+    """Refuse a schedule, the field `name` of `owner`, that reaches 1 within `epochs`.
+
+    Raises:
+        ValueError: it does; an output dropped for certain cannot be scaled to keep its mean.
+    """
+    schedule: Schedule = getattr(owner, name)
+    highest = max(schedule.at(epoch, epochs) for epoch in range(epochs))
+    if not highest < 1:
+        raise ValueError(f"{type(owner).__name__}: {name} reaches {highest}; a probability must stay below 1")

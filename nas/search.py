@@ -27,7 +27,7 @@ from nas.metrics import (
 )
 from nas.network import Stem
 from nas.samplers import Progress, init_arch
-from nas.schedule import Constant, Cosine, Schedule
+from nas.schedule import Constant, Cosine, Schedule, check_probability
 from nas.searchers import RandomGenotype, keep_likeliest
 from nas.spaces.cell import CellSpace
 from nas.spaces.space import Choices
@@ -76,10 +76,8 @@ class SearchStage:
             weight_decay=(0, inf, "0 decays nothing"),
             momentum=(0, 1, "0.9 is usual"),
         )
-        for name in ("skip_dropout", "drop_path"):
-            highest = max(getattr(self, name).at(epoch, self.epochs) for epoch in range(self.epochs))
-            if not highest < 1:
-                raise ValueError(f"SearchStage: {name} reaches {highest}; a probability must stay below 1")
+        check_probability(self, "skip_dropout", self.epochs)
+        check_probability(self, "drop_path", self.epochs)
 
 
 EVALUATION_BATCH = 128
