@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.compare import POWER, Difference, difference, holm, mean_interval, relative_improvement, verdict
+from analysis.compare import Difference, difference, holm, mean_interval, relative_improvement, verdict
+from analysis.planning import POWER
 from analysis.records import Tables
 
 WIDTH = 100

@@ -17,12 +17,12 @@ from typing import Any, get_args
 import torch
 
 from analysis import plots, records, summary
+from experiments.packing import Packing
 from experiments.provenance import provenance
 from experiments.study import (
     SEEDS,
     SHORT,
     Batch,
-    DataShape,
     Joint,
     Planned,
     Preset,
@@ -40,6 +40,7 @@ from experiments.study import (
 from experiments.tracking import Tracker, default_uri, ui_command
 from nas.data import Arrays, Data, load
 from nas.draw import genotype_png, genotype_svg
+from nas.footprint import DataShape
 from nas.genotype import Genotype
 from nas.papers import PAPERS
 from nas.retrain import check_retrain
@@ -102,16 +103,15 @@ def parser(study: Study) -> argparse.ArgumentParser:
     add(
         "--cpus-per-trial",
         type=float,
-        default=1.0,
         metavar="X",
-        help="cores of a trial, also its threads (default 1)",
+        help="cores of a trial, also its threads (default 1, and as many trials at once as fit)",
     )
     add(
         "--gpus-per-trial",
         type=float,
-        default=0.0,
         metavar="X",
-        help="GPUs of a trial, fractions like 0.5 allowed (default 0)",
+        help="GPUs of a trial, fractions like 0.5 allowed; 0 runs on CPUs (default: the share of one that a "
+        "trial fits on, where there are GPUs)",
     )
     add("--max-concurrent", type=int, metavar="N", help="trials at once, at most")
     add(
@@ -167,6 +167,7 @@ class Job:
     planned: Sequence[Planned]
     joint_trials: int
     arrays: Arrays
+    shape: DataShape
     folder: Path
     meta: Mapping[str, Any]
 
@@ -196,14 +197,15 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     base = resolve(study.base, settings)
     _check_selection(study, options, base)
     arrays = load(base.data)
-    planned = plan(study, settings, _check_data(arrays, base, planned))
+    shape = _check_data(arrays, base, planned)
+    planned = plan(study, settings, shape)
     identity = study_id(study, settings, planned)
     folder = _folder(study, options, identity)
     joint_trials = _joint_trials(study, options)
     meta = _describe(study, options, base, planned, arrays, identity)
     if options.resume:
         meta = _resumed(folder, meta)
-    return Job(study, settings, options, base, planned, joint_trials, arrays, folder, meta)
+    return Job(study, settings, options, base, planned, joint_trials, arrays, shape, folder, meta)
 
 
 def run(job: Job) -> None:
@@ -215,24 +217,24 @@ def run(job: Job) -> None:
     todo = [p for p in job.planned if p.trial.id not in done]
     remaining = job.joint_trials - (_finished_arm(folder, "searched") if options.resume else 0)
     print(job.study.question)
-    if torch.cuda.is_available() and not options.gpus_per_trial:
-        print(
-            "note: this machine has a GPU, and trials run on CPUs; --gpus-per-trial 1 (or 0.5, ...) uses it"
-        )
     print(f"{len(job.planned) + job.joint_trials} trials, {len(done)} finished before, in {folder}")
     try:
         tune.connect(job.resources)
         tune.check_resources(job.resources)
+        packing = Packing(job.resources, tune.machine(job.resources), job.shape)
+        possible = [*todo, *(tune.corners(_joint(job)) if remaining > 0 else [])]
+        said = packing.describe(possible, len(todo) + max(0, remaining)) if possible else []
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    print("\n".join(said))
     folder.mkdir(parents=True, exist_ok=True)
-    _write_study(folder, job.meta)
+    _write_study(folder, {**job.meta, "packing": said})
     uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
     tracker = Tracker(uri, job.meta, folder)
     tracker.open()
     recorder = Recorder(folder, tracker, Progress(todo, job.base, max(0, remaining)))
-    place = tune.Place(job.resources, {tune.data_key(job.base): job.arrays}, recorder, folder)
+    place = tune.Place(packing, {tune.data_key(job.base): job.arrays}, recorder, folder)
     try:
         if todo:
             restore = tune.newest_checkpoints(folder, [p.trial.id for p in todo]) if options.resume else {}
@@ -259,9 +261,9 @@ def _joint(job: Job) -> Joint:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse numbers that cannot work, before anything is read."""
-    if options.cpus_per_trial <= 0:
+    if options.cpus_per_trial is not None and options.cpus_per_trial <= 0:
         raise ValueError(f"--cpus-per-trial {options.cpus_per_trial:g} must be above 0")
-    gpus = options.gpus_per_trial
+    gpus = options.gpus_per_trial or 0.0
     if gpus < 0 or (0 < gpus < 1 and gpus * int(1 / gpus) < 0.98) or (gpus > 1 and gpus != int(gpus)):
         raise ValueError(
             f"--gpus-per-trial {gpus:g} must be 0, a whole number, or one over a whole number, e.g. 0.5"

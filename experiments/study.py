@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, Literal
 
 from nas.config import override, parse_value, paths
+from nas.footprint import DataShape
 from nas.methods import Method
 from nas.metrics import saved_bytes_per_image, uniform_gates
 from nas.papers import RECIPES, laptop, on_digits, tiny
@@ -121,8 +122,10 @@ class Resources:
 
     address: str | None = None
     """Ray cluster to join; None takes RAY_ADDRESS, else this machine."""
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float = 0.0
+    cpus_per_trial: float | None = None
+    """Cores of a trial, also its threads; None is one."""
+    gpus_per_trial: float | None = None
+    """GPUs of a trial; None takes the share of one that it fits on, where there are GPUs."""
     max_concurrent: int | None = None
 
 
@@ -158,7 +161,7 @@ def parse_changes(entries: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def plan(study: Study, settings: Settings, shape: "DataShape | None" = None) -> list[Planned]:
+def plan(study: Study, settings: Settings, shape: DataShape | None = None) -> list[Planned]:
     """Every trial of the study's grid, and of its baseline, seed by seed.
 
     `shape` is needed when the batch follows memory.
@@ -263,15 +266,6 @@ def _overlap(one: str, other: str) -> bool:
 
 
 # The batch of a sweep over K
-
-
-@dataclass(frozen=True)
-class DataShape:
-    """What the memory of a network depends on."""
-
-    channels: int
-    image_size: int
-    classes: int
 
 
 def stages_at(study: Study, settings: Settings, stages: tuple[SearchStage, ...]) -> tuple[SearchStage, ...]:

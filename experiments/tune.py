@@ -3,6 +3,7 @@
 What a trial does is in `nas.trial`; what is recorded leaves here as plain rows through a `Recorder`.
 """
 
+import ctypes
 import gc
 import logging
 import os
@@ -14,6 +15,7 @@ import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +48,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.optuna import OptunaSearch
 
+from experiments.packing import Machine, Node, Packing, Share
 from experiments.study import SHORT, Joint, Planned, Resources, SchedulerName
 from nas.config import override
 from nas.data import Arrays, Data
@@ -70,7 +73,7 @@ class Recorder(Protocol):
 class Place:
     """Where trials run and where their rows go."""
 
-    resources: Resources
+    packing: Packing
     arrays: Mapping[str, Arrays]
     """Data sets by `data_key`."""
     recorder: Recorder
@@ -99,11 +102,27 @@ def check_resources(resources: Resources) -> None:
         return
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for name, asked in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial)):
-        if asked > have.get(name, 0):
+        if (asked or 0) > have.get(name, 0):
             flag = f"--{name.lower()}s-per-trial"
             raise ValueError(
                 f"{flag} {asked:g}: this machine has {have.get(name, 0):g}; lower it, or give an --address"
             )
+
+
+def machine(resources: Resources) -> Machine:
+    """What Ray has for trials now. The memory of a GPU is known if it is one of this machine."""
+    nodes = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"]:
+            have = node["Resources"]
+            memory, shared = (have.get(name, 0) / 2**20 for name in ("memory", "object_store_memory"))
+            nodes.append(Node(have.get("CPU", 0), have.get("GPU", 0), memory, memory + shared))
+    grows = bool(resources.address or os.environ.get("RAY_ADDRESS"))
+    gpu_memory = None
+    if any(node.gpus for node in nodes) and not grows and torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        gpu_memory = min(torch.cuda.get_device_properties(each).total_memory for each in devices) / 2**20
+    return Machine(tuple(nodes), gpu_memory, grows)
 
 
 class TrialActor(tune.Trainable):
@@ -123,13 +142,12 @@ class TrialActor(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         # The networks of the trial before go first: two would have to fit otherwise.
         self.run: TrialRun | None = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return_freed_memory()
         self.planned = resolve(config)
         base = config["planned"]
         self.id = base["id"] or self.planned.trial.id
         self.adopts = base["adopts"]
+        self.memory_mb = base["memory_mb"]
         self.attempt = uuid.uuid4().hex
         self.begun = False
         self.saved = time.monotonic()
@@ -137,6 +155,9 @@ class TrialActor(tune.Trainable):
         torch.set_num_threads(base["threads"])
         on_gpu = base["gpus"] > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if on_gpu else "cpu")
+        if on_gpu and base["gpus"] < 1:
+            # Then a trial that outgrows its share ends itself, not its neighbours.
+            torch.cuda.set_per_process_memory_fraction(base["gpus"])
         try:
             trial = self.planned.trial
             data = Data(self.arrays[base["data_key"]], trial.data, trial.seeds.split, self.device)
@@ -165,6 +186,8 @@ class TrialActor(tune.Trainable):
         result: dict[str, Any] = {"rows": rows, "done": run.done, "params_m": run.params_m}
         if epoch.stage == "retrain":
             result |= {METRIC: epoch.metrics["valid_error"], TIME: epoch.epoch + 1}
+        if epoch.stage_end:
+            return_freed_memory()
         if run.done:
             rows.append(self._end("completed"))
         elif epoch.stage_end or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
@@ -200,7 +223,8 @@ class TrialActor(tune.Trainable):
         self.run = None
 
     def _start(self) -> dict[str, Any]:
-        return self._record("start", **described(self.planned), host=host(self.device))
+        where = host(self.device) | {"memory_mb": self.memory_mb}
+        return self._record("start", **described(self.planned), host=where)
 
     def _epoch(self, row: Row) -> dict[str, Any]:
         genotype = str(row.genotype) if row.genotype else None
@@ -224,6 +248,16 @@ class TrialActor(tune.Trainable):
         return {"kind": kind, "trial": self.id, "attempt": self.attempt, "time": time.time(), **values}
 
 
+def return_freed_memory() -> None:
+    """Hand back what freed networks took, for a later stage may hold other sizes and the next trial less."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
 def resolve(config: Mapping[str, Any]) -> Planned:
     """The planned trial of a Tune configuration: its base with the fields that Tune or Optuna chose."""
     base = config["planned"]
@@ -238,8 +272,8 @@ def resolve(config: Mapping[str, Any]) -> Planned:
     return Planned(base["name"] + chosen, base["arm"], axes, trial)
 
 
-def configuration(planned: Planned, resources: Resources, restore: Path | None = None) -> dict[str, Any]:
-    """Tune's configuration of one planned trial: plain data, no array in it."""
+def configuration(planned: Planned, share: Share, restore: Path | None = None) -> dict[str, Any]:
+    """Tune's configuration of one planned trial and its share of the machine: plain data, no array in it."""
     return {
         "id": planned.trial.id,
         "name": planned.name,
@@ -249,8 +283,10 @@ def configuration(planned: Planned, resources: Resources, restore: Path | None =
         "fields": [],
         "named": {},
         "data_key": data_key(planned.trial),
-        "threads": max(1, int(resources.cpus_per_trial)),
-        "gpus": resources.gpus_per_trial,
+        "threads": share.threads,
+        "gpus": share.gpus,
+        "memory_mb": share.memory_mb,
+        "bundle": share.bundle,
         "restore": str(restore) if restore else None,
         "adopts": False,
     }
@@ -453,7 +489,7 @@ def run_planned(
     planned: Sequence[Planned], place: Place, scheduler_name: SchedulerName, restore: Mapping[str, Path]
 ) -> None:
     """Run planned trials to their ends; `restore` gives checkpoints by trial id to continue from."""
-    configs = [configuration(p, place.resources, restore.get(p.trial.id)) for p in planned]
+    configs = [configuration(p, place.packing.share(p.trial), restore.get(p.trial.id)) for p in planned]
     epochs = max(p.trial.retrain.epochs for p in planned)
     if scheduler_name != "pbt":
         space: dict[str, Any] = {"planned": tune.grid_search(configs)}
@@ -481,13 +517,14 @@ def run_planned(
 
 def _tuning(place: Place, scheduler_name: SchedulerName, epochs: int) -> tune.TuneConfig:
     chosen = scheduler(scheduler_name, epochs)
-    return tune.TuneConfig(scheduler=chosen, max_concurrent_trials=place.resources.max_concurrent)
+    return tune.TuneConfig(scheduler=chosen, max_concurrent_trials=place.packing.resources.max_concurrent)
 
 
 def data_key(trial: Trial) -> str:
     """Name of the arrays that a trial reads; trials that split the same images differently share them."""
     config = trial.data
-    return repr((config.source, config.test, config.limit, config.test_limit, config.image_size))
+    chosen = (config.source, config.test, config.limit, config.test_limit, config.image_size, config.stream)
+    return repr(chosen)
 
 
 def run_joint(joint: Joint, trials: int, objectives: Sequence[str], place: Place) -> None:
@@ -495,12 +532,9 @@ def run_joint(joint: Joint, trials: int, objectives: Sequence[str], place: Place
 
     Optuna keeps a journal in the study's folder, so a study that was stopped goes on with what it knew.
     """
-    config = configuration(joint.base, place.resources)
-    config |= {
-        "id": None,
-        "fields": list(joint.domains),
-        "named": {name: dict(values) for name, values in joint.named.items()},
-    }
+    possible = [p.trial for p in corners(joint)]
+    # One share for all: a process can then run any of them after another.
+    config = _joint_configuration(joint, place.packing.largest(possible))
     space: dict[str, Any] = {"planned": config}
     for name, domain in joint.domains.items():
         space[name] = (
@@ -523,7 +557,7 @@ def run_joint(joint: Joint, trials: int, objectives: Sequence[str], place: Place
     tuning = tune.TuneConfig(
         search_alg=search,
         num_samples=trials,
-        max_concurrent_trials=place.resources.max_concurrent or slots(place.resources),
+        max_concurrent_trials=place.packing.slots(possible),
     )
     _fit(space, tuning, place, trials=trials, keep=2)
 
@@ -532,13 +566,22 @@ OBJECTIVES = {"error": METRIC, "params": "params_m"}
 """What a joint search can minimise, and the result that holds it: never anything of the test part."""
 
 
-def slots(resources: Resources) -> int:
-    """How many trials run at once: on this machine what fits, on a cluster, which may grow, at least 8."""
-    least = 8 if resources.address or os.environ.get("RAY_ADDRESS") else 1
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    by_cpu = have.get("CPU", 1) / resources.cpus_per_trial if resources.cpus_per_trial else float("inf")
-    by_gpu = have.get("GPU", 0) / resources.gpus_per_trial if resources.gpus_per_trial else float("inf")
-    return max(least, int(min(by_cpu, by_gpu, resources.max_concurrent or float("inf"))))
+def _joint_configuration(joint: Joint, share: Share) -> dict[str, Any]:
+    return configuration(joint.base, share) | {
+        "id": None,
+        "fields": list(joint.domains),
+        "named": {name: dict(values) for name, values in joint.named.items()},
+    }
+
+
+def corners(joint: Joint) -> list[Planned]:
+    """Every combination of the values that a joint search may list, at the low end of its ranges."""
+    config = _joint_configuration(joint, Share(1, 0, 0))
+    values = [domain.values or (domain.low,) for domain in joint.domains.values()]
+    return [
+        resolve({"planned": config} | dict(zip(joint.domains, point, strict=True)))
+        for point in product(*values)
+    ]
 
 
 def _fit(
@@ -552,10 +595,9 @@ def _fit(
     forward = Forward(place.recorder)
     tuning.reuse_actors = True
     tuning.trial_name_creator = tuning.trial_dirname_creator = _trial_name
-    bundle = {"CPU": place.resources.cpus_per_trial, "GPU": place.resources.gpus_per_trial}
     actor = tune.with_resources(
         tune.with_parameters(TrialActor, arrays=dict(place.arrays)),
-        tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}]),
+        lambda config: tune.PlacementGroupFactory([config["planned"]["bundle"]]),
     )
     tuner = tune.Tuner(
         actor,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nas.config import ABOVE_ZERO, check_range
 from nas.gates import Gates, detached, leaves
 from nas.samplers import Arch
-from nas.state import Batch, SearchState, frozen, swapped
+from nas.state import Batch, SearchState, frozen, swapped, without_statistics
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class Bilevel:
 
     def optimizer(self, arch: Arch) -> torch.optim.Optimizer:
         """Adam over the architecture parameters."""
+        # Fused, Adam counts its steps on the device.
         return torch.optim.Adam(
-            arch.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+            arch.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
 
     def step(self, state: SearchState, weight_batch: Batch, arch_batch: Batch) -> Tensor:
@@ -73,7 +74,7 @@ class Bilevel:
         state.arch_optimizer.zero_grad()
         torch.autograd.backward([gates[name].weights for name in gradients], list(gradients.values()))
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(state.arch.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(state.arch.parameters(), self.clip, foreach=True)
         state.arch_optimizer.step()
         return loss
 
@@ -113,7 +114,7 @@ class Bilevel:
         # The look-ahead weights are a copy in the paper's code: what they do to the running statistics is
         # thrown away.
         outer = leaves(gates)
-        with swapped(weights, ahead), state.supernet.without_statistics():
+        with swapped(weights, ahead), without_statistics(state.supernet):
             same_noise()
             loss = _loss(state, outer, arch_batch)
             found = torch.autograd.grad(
@@ -123,10 +124,8 @@ class Bilevel:
 
         implicit: Sequence[Tensor]
         if exact:
-            product = sum((g * v).sum() for g, v in zip(slope, vector, strict=True))
-            assert isinstance(product, Tensor)
             implicit = torch.autograd.grad(
-                product, _tensors(inner), allow_unused=True, materialize_grads=True
+                slope, _tensors(inner), vector, allow_unused=True, materialize_grads=True
             )
         else:
             implicit = self._finite_difference(state, weights, gates, weight_batch, vector, same_noise)
@@ -149,9 +148,11 @@ class Bilevel:
         """
         norm = torch.stack(torch._foreach_norm(vector)).norm()
         distance = self.epsilon / norm
+        shift = torch._foreach_mul(vector, distance)
+        values: list[Tensor] = [weight.detach() for weight in weights]
         sides = []
-        for sign in (1.0, -1.0):
-            moved = [(w + sign * distance * v).detach() for w, v in zip(weights, vector, strict=True)]
+        for sign in (1, -1):
+            moved = list(torch._foreach_add(values, shift, alpha=sign))
             same_noise()
             with swapped(weights, moved), frozen(weights):
                 sides.append(_gate_gradients(state, gates, batch)[1])
@@ -192,11 +193,9 @@ def _sgd_step(
 ) -> list[Tensor]:
     """Weights after one SGD step of length `xi` with the optimiser's momentum and decay, as new tensors."""
     group = optimizer.param_groups[0]
-    ahead = []
-    for weight, gradient in zip(weights, slope, strict=True):
-        buffer = optimizer.state[weight].get("momentum_buffer") if weight in optimizer.state else None
-        direction = gradient + group["weight_decay"] * weight.detach()
-        if buffer is not None:
-            direction = direction + group["momentum"] * buffer
-        ahead.append(weight.detach() - xi * direction)
-    return ahead
+    values: list[Tensor] = [weight.detach() for weight in weights]
+    direction = torch._foreach_add(slope, values, alpha=group["weight_decay"])
+    if group["momentum"] and weights[0] in optimizer.state:  # it comes with the first step, to all at once
+        buffers = [optimizer.state[weight]["momentum_buffer"] for weight in weights]
+        direction = torch._foreach_add(direction, buffers, alpha=group["momentum"])
+    return list(torch._foreach_add(values, direction, alpha=-xi))

@@ -1,13 +1,15 @@
 """Image data sets: loading and splitting them, and serving augmented batches from device memory.
 
 `load(config)` reads a data set once into read-only arrays, which trials may share; `Data` splits them by seed
-and serves batches. Images stay uint8 until their batch is made, and a whole batch is augmented at once.
+and serves batches. Images stay uint8 until their batch is made, and a whole batch is augmented at once. Image
+folders that do not fit in memory are streamed: only the names of their files are held and shared.
 """
 
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -17,11 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nas.sources import Integers, Pixels, Rows, Source, Statistics, open_source
+from nas.files import CROP_DRAWS, Files, Integers, Names, Pixels, boxes, decoded_ahead
+from nas.sources import Rows, Source, Statistics, open_source
 from nas.streams import generator
 
+Drawn = dict[str, Tensor]
+"""Random numbers of an epoch by what they decide, one row an image."""
+Served = Generator[Tensor, None, None]
 Part = Literal["weights", "arch", "train", "valid", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
+SAMPLED = 1024
+"""Streamed images of which mean and deviation are taken."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,13 @@ class DataConfig:
     image_size: int | None = None
     """Side in pixels to which images are scaled (of files the shorter side, then the centre is kept); None
     keeps their size, which must then be one and square."""
+    stream: bool = False
+    """Decode the files of an image folder when their batch is due, for folders that do not fit in memory.
+    `resized_crop` then cuts from the whole image; otherwise the shorter side is scaled to 8/7 of `image_size`
+    and the centre kept, as published for ImageNet. All images are RGB."""
+    workers: int | None = None
+    """Threads that decode streamed images, without effect on what they give; None for as many as PyTorch has,
+    which are the cores of the trial in a study."""
     download: bool = True
     """Fetch a named data set that `root` lacks."""
     root: str = "~/.cache/nas-data"
@@ -74,7 +89,7 @@ class DataConfig:
             raise ValueError(
                 f"search_share={self.search_share} must be in (0, 1]; use 1 to search on all images"
             )
-        for name in ("limit", "test_limit", "image_size"):
+        for name in ("limit", "test_limit", "image_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1; use None for no {name}")
@@ -124,18 +139,20 @@ class Augment:
 class Arrays:
     """A data set in memory, read-only: numpy arrays, of which Ray keeps one copy per node for all trials."""
 
-    train_images: Pixels
-    """uint8 `(N, C, H, W)`."""
+    train_images: Pixels | Files
+    """uint8 `(N, C, H, W)`; if streamed, the files of which they are decoded."""
     train_labels: Integers
     """int64 `(N,)`, 0..classes-1."""
-    test_images: Pixels
+    test_images: Pixels | Files
     test_labels: Integers
     classes: tuple[str, ...]
     name: str
     sha256: str
-    """Digest of the four arrays and their shapes."""
+    """Digest of the four arrays and their shapes; if streamed, of the files' names and sizes in bytes instead
+    of their pixels, and of the size images are brought to."""
     mean: tuple[float, ...]
-    """Per channel, of pixels in [0, 1]: published for cifar10 and cifar100, else of the training images."""
+    """Per channel, of pixels in [0, 1]: published for cifar10 and cifar100, else of the training images, or,
+    if streamed, of 1024 of them, the same for every seed."""
     std: tuple[float, ...]
 
 
@@ -145,6 +162,7 @@ def load(config: DataConfig) -> Arrays:
     Raises: FileNotFoundError for an unknown source or one that cannot be fetched; ValueError for images or
     labels that cannot be used, or too few of them.
     """
+    _check_stream(config)
     source = open_source(config.source, config.image_size, config.root, config.download)
     train, test = _train_and_test(source, config)
     train = _limited(train, config.limit, "limit")
@@ -154,6 +172,8 @@ def load(config: DataConfig) -> Arrays:
             f"{source.name} has no training image of class {source.classes[min(missing)]!r} among "
             f"{len(train)} at limit={config.limit}; add images, raise limit, or remove the class"
         )
+    if config.stream:
+        return _streamed(source, train, test, config)
     train_images, test_images = _alike(_read(train), _read(test), source.name)
     mean, std = source.statistics or _statistics(train_images)
     arrays = (train_images, train.labels, test_images, test.labels)
@@ -171,8 +191,9 @@ class Data:
         self.sha256 = arrays.sha256
         self.device = device
         self.parts: dict[Part, Tensor] = _split(arrays, config, seed)
-        self._train = _shared(arrays.train_images).to(device), _shared(arrays.train_labels).to(device)
-        self._test = _shared(arrays.test_images).to(device), _shared(arrays.test_labels).to(device)
+        self.workers = config.workers or torch.get_num_threads()
+        self._train = self._held(arrays.train_images), _shared(arrays.train_labels).to(device)
+        self._test = self._held(arrays.test_images), _shared(arrays.test_labels).to(device)
         mean, std = torch.tensor([arrays.mean, arrays.std], dtype=torch.float64).view(2, -1, 1, 1)
         self._scale = (1 / (255 * std)).float().to(device)
         self._shift = (-mean / std).float().to(device)
@@ -195,9 +216,10 @@ class Data:
         Images come in stored order if `order` is None. All that is random is drawn at this call, from the CPU
         generators `order` and `draws`, so it depends on neither the device nor the batch size. The last batch
         may be smaller; a single image left over joins the one before it, since batch norm cannot train on it.
+        Streamed images are decoded ahead by threads that end with the iterator.
 
-        Raises: ValueError for an empty or unknown part, and for an augmentation without draws or that does
-        not fit the images.
+        Raises: ValueError for an empty or unknown part, for an augmentation without draws or that does not
+        fit the images, and, when its batch is due, for a streamed file that cannot be decoded.
         """
         if part not in PARTS:
             raise ValueError(f"part={part!r} is unknown; use one of {', '.join(PARTS)}")
@@ -224,26 +246,55 @@ class Data:
         indices: Tensor,
         batch_size: int,
         augment: Augment | None,
-        drawn: dict[str, Tensor],
+        drawn: Drawn,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._test if part == "test" else self._train
-        indices = self._moved(indices)
-        drawn = {name: self._moved(values) for name, values in drawn.items()}
         starts = [*range(0, len(indices), batch_size), len(indices)]
         if len(starts) > 2 and starts[-1] - starts[-2] == 1 < batch_size:
             del starts[-2]
-        for batch in (slice(start, end) for start, end in pairwise(starts)):
-            x = images.index_select(0, indices[batch])
-            if augment is None:
-                x = self._normalised(x)
-            else:
-                x = self._augmented(x, augment, {name: values[batch] for name, values in drawn.items()})
-            yield x, labels.index_select(0, indices[batch])
+        batches = [slice(start, end) for start, end in pairwise(starts)]
+        if isinstance(images, Files):
+            read = self._decoded(images, indices, batches, drawn)
+        else:
+            read = self._selected(images, indices, batches, drawn)
+        with closing(read):  # a reader of files has threads to end
+            indices = self._moved(indices)
+            drawn = {name: self._moved(values) for name, values in drawn.items() if name != "crop"}
+            for batch, x in zip(batches, read, strict=True):
+                if augment is None:
+                    x = self._normalised(x)
+                else:
+                    x = self._augmented(x, augment, {name: values[batch] for name, values in drawn.items()})
+                yield x, labels.index_select(0, indices[batch])
 
-    def _augmented(self, x: Tensor, augment: Augment, drawn: dict[str, Tensor]) -> Tensor:
-        if augment.resized_crop:
-            x = resized_crop(x, drawn["box"], drawn["flip"])
-        elif augment.pad or augment.flip:
+    def _selected(self, images: Tensor, indices: Tensor, batches: Sequence[slice], drawn: Drawn) -> Served:
+        """Batches of images in memory, their random box cut if one was drawn."""
+        indices = self._moved(indices)
+        if "crop" not in drawn:
+            yield from (images.index_select(0, indices[batch]) for batch in batches)
+            return
+        box = torch.from_numpy(boxes(drawn["crop"].numpy(), self.image_size, self.image_size)).float()
+        box, flip = self._moved(box), self._moved(drawn["flip"])
+        for batch in batches:
+            yield resized_crop(images.index_select(0, indices[batch]), box[batch], flip[batch])
+
+    def _decoded(self, files: Files, indices: Tensor, batches: Sequence[slice], drawn: Drawn) -> Served:
+        """Batches of files, their random box cut by the thread that decodes them if one was drawn."""
+        chosen = indices.numpy()
+
+        def read(row: int) -> Pixels:
+            if "crop" not in drawn:
+                return files.whole(chosen[row])
+            return files.cropped(chosen[row], drawn["crop"][row].numpy(), bool(drawn["flip"][row]))
+
+        pinned = self.device.type == "cuda"
+        with closing(decoded_ahead(read, batches, files.side, self.workers, pinned=pinned)) as decoded:
+            for images in decoded:
+                yield images.to(self.device, non_blocking=True)
+
+    def _augmented(self, x: Tensor, augment: Augment, drawn: Drawn) -> Tensor:
+        """Everything but the box of a random crop: that is cut where images are read."""
+        if not augment.resized_crop and (augment.pad or augment.flip):
             x = padded_crop(x, augment.pad, drawn["offset"], drawn["flip"])
         if augment.jitter is not None:
             x = jittered(x / 255, drawn["jitter"]) * 255
@@ -251,8 +302,7 @@ class Data:
         return cut_out(x, augment.cutout, drawn["centre"]) if augment.cutout else x
 
     def _normalised(self, x: Tensor) -> Tensor:
-        scaled: Tensor = x * self._scale
-        return scaled.add_(self._shift)  # (pixel / 255 - mean) / std
+        return x.float().mul_(self._scale).add_(self._shift)  # (pixel / 255 - mean) / std
 
     def check(self, augment: Augment) -> None:
         """Raise ValueError for an augmentation that these images do not allow."""
@@ -263,6 +313,9 @@ class Data:
             raise ValueError(
                 f"jitter needs 3 colour channels, these images have {self.channels}; use jitter=None"
             )
+
+    def _held(self, images: Pixels | Files) -> Tensor | Files:
+        return images if isinstance(images, Files) else _shared(images).to(self.device)
 
     def _moved(self, values: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -322,6 +375,14 @@ def _shared(array: Pixels | Integers) -> Tensor:
 # Steps of load.
 
 
+def _check_stream(config: DataConfig) -> None:
+    # Not in DataConfig: settings are changed one by one, and these two only make sense together.
+    if config.stream and config.image_size is None:
+        raise ValueError("stream=True needs the size images are brought to; set image_size, e.g. 224")
+    if config.workers is not None and not config.stream:
+        raise ValueError(f"workers={config.workers} decode streamed images; set stream=True or workers=None")
+
+
 def _train_and_test(source: Source, config: DataConfig) -> tuple[Rows, Rows]:
     train = _mixed(source.train)
     if source.test is not None:
@@ -366,6 +427,34 @@ def _alike(train: Pixels, test: Pixels, name: str) -> tuple[Pixels, Pixels]:
     return train, test
 
 
+def _streamed(source: Source, train: Rows, test: Rows, config: DataConfig) -> Arrays:
+    if train.files is None or test.files is None:
+        raise ValueError(
+            f"stream=True decodes the files of an image folder, and source={config.source!r} is none; use "
+            "stream=False, or write the images as files, one subfolder a class"
+        )
+    workers = config.workers or torch.get_num_threads()
+    names, sizes = [], []
+    for rows in (train.files, test.files):
+        names.append(rows.names)
+        sizes.append(rows.sizes(workers))
+    arrays = (names[0], train.labels, names[1], test.labels)
+    for array in arrays:
+        array.setflags(write=False)
+    sha256 = _sha256(*arrays, *sizes, np.array(train.files.shape[1:]))
+    mean, std = _statistics(_sample(train.files, workers))
+    return Arrays(
+        train.files, train.labels, test.files, test.labels, source.classes, source.name, sha256, mean, std
+    )
+
+
+def _sample(files: Files, workers: int) -> Pixels:
+    chosen = torch.randperm(len(files), generator=generator(0, "data", "statistics"))[:SAMPLED].numpy()
+    batches = [slice(start, min(start + 64, len(chosen))) for start in range(0, len(chosen), 64)]
+    decoded = decoded_ahead(lambda row: files.whole(chosen[row]), batches, files.side, workers)
+    return np.concatenate([images.numpy() for images in decoded])
+
+
 def _statistics(images: Pixels) -> Statistics:
     levels = np.arange(256) / 255
     means, stds = [], []
@@ -378,7 +467,7 @@ def _statistics(images: Pixels) -> Statistics:
     return tuple(means), tuple(stds)
 
 
-def _sha256(*arrays: Pixels | Integers) -> str:
+def _sha256(*arrays: Pixels | Integers | Names) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
@@ -389,7 +478,7 @@ def _sha256(*arrays: Pixels | Integers) -> str:
 # Augmentation: what is drawn for an epoch, and what a batch does with it.
 
 
-def draw(augment: Augment, count: int, size: int, draws: torch.Generator) -> dict[str, Tensor]:
+def draw(augment: Augment, count: int, size: int, draws: torch.Generator) -> Drawn:
     """All random numbers of an epoch of `count` images of side `size`, one row an image.
 
     Crop, flip and cutout take the same numbers whether used or not: switching one leaves the others unmoved.
@@ -401,24 +490,11 @@ def draw(augment: Augment, count: int, size: int, draws: torch.Generator) -> dic
         "centre": (uniform[:, 3:] * size).long(),
     }
     if augment.resized_crop:
-        drawn["box"] = _boxes(count, size, draws)
+        drawn["crop"] = torch.rand(count, CROP_DRAWS, generator=draws)  # a box once the image's size is known
     if augment.jitter is not None:
         change = (2 * torch.rand(count, 4, generator=draws) - 1) * torch.tensor(augment.jitter)
         drawn["jitter"] = torch.tensor([1.0, 1.0, 1.0, 0.0]) + change
     return drawn
-
-
-def _boxes(count: int, size: int, draws: torch.Generator) -> Tensor:
-    """Boxes (top, left, height, width) of torchvision's RandomResizedCrop: of 10 the first that fits."""
-    area, ratio = torch.rand(2, count, 10, generator=draws)
-    area = size**2 * (0.08 + 0.92 * area)
-    ratio = torch.exp((2 * ratio - 1) * math.log(4 / 3))
-    sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().clamp(min=1)
-    fits = (sides <= size).all(dim=2)
-    first = fits.int().argmax(dim=1)
-    chosen = torch.where(fits.any(dim=1)[:, None], sides[torch.arange(count), first], size)
-    corner = (torch.rand(count, 2, generator=draws) * (size - chosen + 1)).floor()
-    return torch.cat([corner, chosen], dim=1)
 
 
 def padded_crop(images: Tensor, pad: int, offset: Tensor, flip: Tensor) -> Tensor:
@@ -446,8 +522,9 @@ def resized_crop(images: Tensor, box: Tensor, flip: Tensor) -> Tensor:
 def cut_out(images: Tensor, size: int, centre: Tensor) -> Tensor:
     """Images `(B, C, S, S)` with a square around `centre` `(B, 2)` set to 0, in place."""
     distance = torch.arange(images.shape[2], device=images.device) - centre[:, :, None]
-    inside = (distance >= -(size // 2)) & (distance < size // 2)
-    return images.mul_(~(inside[:, None, 0, :, None] & inside[:, None, 1, None, :]))
+    # Floats: products of masks of several types take PyTorch several times as long on a CPU.
+    outside = ((distance < -(size // 2)) | (distance >= size // 2)).float()
+    return images.mul_(torch.maximum(outside[:, 0, :, None], outside[:, 1, None, :])[:, None])
 
 
 def jittered(x: Tensor, factors: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from nas.gates import Gate, Gates, detached, one_hot
 from nas.genotype import Genotype
 from nas.samplers import Arch
 from nas.spaces.cell import CELL_TYPES
-from nas.state import Batch, SearchState
+from nas.state import Batch, SearchState, without_statistics
 from nas.streams import generator
 from nas.supernets.cell import CellSupernet
 
@@ -173,7 +173,7 @@ def supernet_quality(state: SearchState, gates: Gates, batches: Iterable[Batch])
     noise, seed = state.supernet.noise, state.draws.initial_seed()
     draws = generator(seed, "noise", device=state.supernet.head.weight.device)
     state.supernet.noise = type(noise)(draws)
-    with torch.no_grad(), state.supernet.without_statistics():
+    with torch.no_grad(), without_statistics(state.supernet):
         for images, labels in batches:
             logits = state.supernet(images, gates)
             average.add(F.cross_entropy(logits, labels), logits, labels)
@@ -216,6 +216,7 @@ def saved_bytes_per_image(supernet: CellSupernet, gates: Gates, channels: int, i
     Exact, on any machine; what a batch keeps whatever its size, such as folded kernels, is left out.
     """
     weight = supernet.head.weight
+    gates = detached(gates)
     few, more = (
         saved_activation_bytes(supernet, gates, weight.new_zeros(count, channels, image_size, image_size))
         for count in (2, 4)
@@ -235,13 +236,17 @@ def uniform_gates(supernet: CellSupernet) -> Gates:
 
 
 def saved_activation_bytes(supernet: CellSupernet, gates: Gates, images: Tensor) -> int:
-    """Bytes that one training-mode forward keeps for the backward pass of the weights.
+    """Bytes that one training-mode forward keeps for the backward pass, of the gates too if these need it."""
+    with without_statistics(supernet):
+        return saved_bytes(lambda: supernet(images, gates), supernet.parameters())
 
-    Exact, on any machine. A storage that several operations keep counts once; weights are not
-    activations and do not count.
+
+def saved_bytes(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes that `forward` keeps for the backward pass, besides the `weights`.
+
+    Exact, on any machine. A storage that several operations keep counts once.
     """
-    gates = detached(gates)
-    own = {parameter.untyped_storage().data_ptr() for parameter in supernet.parameters()}
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -250,7 +255,7 @@ def saved_activation_bytes(supernet: CellSupernet, gates: Gates, images: Tensor)
             storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), supernet.without_statistics():
-        logits = supernet(images, gates)
-    del logits
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = forward()
+    del out
     return sum(storage.nbytes() for storage in storages.values())

@@ -4,14 +4,16 @@ Source: the evaluation networks of DARTS (arXiv:1806.09055), PC-DARTS (arXiv:190
 (arXiv:1904.12760).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.execution import recomputed
 from nas.genotype import Cell, Genotype
-from nas.ops import FactorizedReduce, ReLUConvBN, build_op
+from nas.ops import FactorizedReduce, ReLUConvBN, ReLUFirst, build_op
 from nas.spaces.cell import reduction_cells
 
 Stem = Literal["cifar", "imagenet"]
@@ -30,7 +32,7 @@ def imagenet_stems(channels_in: int, width: int) -> tuple[nn.Sequential, nn.Sequ
     stem0 = nn.Sequential()
     stem0.add_module("conv_a", nn.Conv2d(channels_in, width // 2, 3, 2, padding=1, bias=False))
     stem0.add_module("bn_a", nn.BatchNorm2d(width // 2))
-    stem0.add_module("relu", nn.ReLU())
+    stem0.add_module("relu", nn.ReLU(inplace=True))
     stem0.add_module("conv_b", nn.Conv2d(width // 2, width, 3, 2, padding=1, bias=False))
     stem0.add_module("bn_b", nn.BatchNorm2d(width))
     stem1 = nn.Sequential()
@@ -51,20 +53,21 @@ def auxiliary_head(channels: int, classes: int, stem: Stem, *, second_norm: bool
     head.add_module("pool", nn.AvgPool2d(5, stride=3 if stem == "cifar" else 2, count_include_pad=False))
     head.add_module("conv_a", nn.Conv2d(channels, 128, 1, bias=False))
     head.add_module("bn_a", nn.BatchNorm2d(128))
-    head.add_module("relu_a", nn.ReLU())
+    head.add_module("relu_a", nn.ReLU(inplace=True))
     head.add_module("conv_b", nn.Conv2d(128, 768, 2, bias=False))
     if second_norm:
         head.add_module("bn_b", nn.BatchNorm2d(768))
-    head.add_module("relu_b", nn.ReLU())
+    head.add_module("relu_b", nn.ReLU(inplace=True))
     head.add_module("flatten", nn.Flatten())
     head.add_module("head", nn.Linear(768, classes))
     return head
 
 
-def drop_path(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    """`x` with whole samples zeroed at `probability` and the others scaled by 1 / (1 - probability)."""
-    keep = torch.rand(x.shape[0], 1, 1, 1, generator=generator, dtype=x.dtype, device=x.device) >= probability
-    return x * (keep / (1 - probability))
+def plus(total: Tensor | None, y: Tensor, keep: Tensor | None) -> Tensor:
+    """`total + keep * y` in one pass; None stands for a sum without terms yet, and for a factor of 1."""
+    if keep is None:
+        return y if total is None else total + y
+    return y * keep if total is None else torch.addcmul(total, y, keep)
 
 
 class NetworkCell(nn.Module):
@@ -91,19 +94,28 @@ class NetworkCell(nn.Module):
             for inputs in cell.nodes
             for op, source in inputs
         )
+        self.droppable = sum(not isinstance(op, nn.Identity) for op in self.picks)
+        """Operations that drop-path may drop: all but identity skips."""
 
-    def forward(self, s0: Tensor, s1: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
-        """Outputs of the two cells before -> concatenated nodes (B, len(concat)*C, H', W')."""
-        states = [self.in0(s0), self.in1(s1)]
-        ops = iter(self.picks)
+    def forward(self, s0: Tensor, s1: Tensor, keep: Tensor | None) -> Tensor:
+        """Rectified outputs of the two cells before -> concatenated nodes (B, len(concat)*C, H', W').
+
+        `keep` (droppable, B, 1, 1, 1) are the factors of drop-path; None drops nothing.
+        """
+        states = [self.in0.after_relu(s0), self.in1.after_relu(s1)]
+        rectified: dict[int, Tensor] = {}
+        ops, factors = iter(self.picks), iter(() if keep is None else keep.unbind())
         for inputs in self.cell.nodes:
             total: Tensor | None = None
             for _, source in inputs:
                 op = next(ops)
-                y = op(states[source])
-                if self.training and drop > 0 and not isinstance(op, nn.Identity):
-                    y = drop_path(y, drop, generator)
-                total = y if total is None else total + y
+                if isinstance(op, ReLUFirst):
+                    if source not in rectified:
+                        rectified[source] = F.relu(states[source])
+                    y = op.after_relu(rectified[source])
+                else:
+                    y = op(states[source])
+                total = plus(total, y, None if isinstance(op, nn.Identity) else next(factors, None))
             assert total is not None
             states.append(total)
         return torch.cat([states[node] for node in self.cell.concat], dim=1)
@@ -114,6 +126,7 @@ class Network(nn.Module):
 
     `affine=False, pool_norm=True` builds the operations as a supernet has them, so that the two can share
     weights. An auxiliary head that does not fit the map of the second reduction cell fails in `forward`.
+    `checkpoint_cells` keeps only the inputs of cells for the backward pass, which computes the rest again.
 
     Raises:
         ValueError: `cells` is less than 1.
@@ -133,6 +146,7 @@ class Network(nn.Module):
         auxiliary_norm: bool = True,
         affine: bool = True,
         pool_norm: bool = False,
+        checkpoint_cells: bool = False,
     ) -> None:
         super().__init__()
         if cells < 1:
@@ -148,6 +162,7 @@ class Network(nn.Module):
         """Probability of dropping an operation's output for a sample in training; set before each epoch."""
         self.generator: torch.Generator | None = None
         """Stream of the drop-path draws."""
+        self.checkpoint_cells = checkpoint_cells
         before, last, after_reduction = width, width, stem == "imagenet"
         self.cells = nn.ModuleList()
         self.auxiliary: nn.Module | None = None
@@ -175,14 +190,31 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, C, H, W) -> logits (B, classes), and those of the auxiliary head in training."""
-        s0 = self.stem0(x)
-        s1 = s0 if self.stem1 is None else self.stem1(s0)
+        # All that read a cell's output rectify it first, but for the head; hence it is done once, here.
+        s0 = s1 = F.relu(self.stem0(x), inplace=True)
+        if self.stem1 is not None:
+            s1 = F.relu(self.stem1(s0), inplace=True)
         auxiliary: Tensor | None = None
-        for position, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path, self.generator)
+        out = s1
+        for position, (cell, keep) in enumerate(zip(self.cells, self._keep(x, s1.dtype), strict=True)):
+            if position:
+                s0, s1 = s1, F.relu(out, inplace=True)
+            if self.checkpoint_cells:
+                out = recomputed(cell, s0, s1, keep, generator=self.generator)
+            else:
+                out = cell(s0, s1, keep)
             if self.training and self.auxiliary is not None and position == self.auxiliary_position:
-                auxiliary = self.auxiliary(s1)
-        return self.head(F.adaptive_avg_pool2d(s1, 1).flatten(1)), auxiliary
+                auxiliary = self.auxiliary(out)
+        return self.head(F.adaptive_avg_pool2d(out, 1).flatten(1)), auxiliary
+
+    def _keep(self, x: Tensor, dtype: torch.dtype) -> Sequence[Tensor | None]:
+        """Drop-path's factors for every cell, drawn at once: 0 for what is dropped, else 1 / (1 - p)."""
+        if not self.training or self.drop_path == 0:
+            return [None] * len(self.cells)
+        counts = [cell.droppable for cell in self.cells if isinstance(cell, NetworkCell)]
+        shape = (sum(counts), len(x), 1, 1, 1)
+        draws = torch.rand(shape, generator=self.generator, dtype=x.dtype, device=x.device)
+        return torch.split((draws >= self.drop_path).to(dtype) / (1 - self.drop_path), counts)
 
 
 def retrain_loss(

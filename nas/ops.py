@@ -1,6 +1,6 @@
 """Candidate operations by name, as modules on (B, C, H, W): what a derived network is built of.
 
-Compositions are those of DARTS (arXiv:1806.09055) and its public code; ReLU first and never in place, since
+Compositions are those of DARTS (arXiv:1806.09055) and its public code; ReLU first and not in place, since
 several operations read the same tensor. A supernet batches the same operations over edges
 (`nas.supernets.cell`); the two are tested equal.
 """
@@ -10,12 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class ReLUConvBN(nn.Sequential):
+class ReLUFirst(nn.Sequential):
+    """A ReLU, then these layers.
+
+    Where several such read one tensor, its reader rectifies it once and calls `after_relu` of each.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        return self.after_relu(F.relu(x))
+
+    def after_relu(self, rectified: Tensor) -> Tensor:
+        """Rectified (B, C, H, W) -> (B, C', H', W')."""
+        for layer in self:
+            rectified = layer(rectified)
+        return rectified
+
+
+class ReLUConvBN(ReLUFirst):
     """ReLU, 1x1 convolution, batch norm: how a cell brings its inputs to its own width."""
 
     def __init__(self, channels_in: int, channels: int, *, affine: bool = True) -> None:
         super().__init__()
-        self.relu = nn.ReLU()
         self.conv = nn.Conv2d(channels_in, channels, 1, bias=False)
         self.bn = nn.BatchNorm2d(channels, affine=affine)
 
@@ -26,7 +42,7 @@ def pad_to_even(x: Tensor) -> Tensor:
     return F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
 
 
-class FactorizedReduce(nn.Module):
+class FactorizedReduce(ReLUFirst):
     """Halves the resolution without dropping a pixel: two strided 1x1 convolutions, one shifted by a pixel.
 
     Raises:
@@ -43,14 +59,14 @@ class FactorizedReduce(nn.Module):
         self.conv_b = nn.Conv2d(channels_in, channels // 2, 1, stride=2, bias=False)
         self.bn = nn.BatchNorm2d(channels, affine=affine)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
-        x = F.relu(pad_to_even(x))
+    def after_relu(self, rectified: Tensor) -> Tensor:
+        """Rectified (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
+        x = pad_to_even(rectified)
         out: Tensor = self.bn(torch.cat([self.conv_a(x), self.conv_b(x[:, :, 1:, 1:])], dim=1))
         return out
 
 
-class SepConv(nn.Sequential):
+class SepConv(ReLUFirst):
     """Depthwise-separable convolution, applied twice; only the first one strides."""
 
     def __init__(self, channels: int, kernel: int, stride: int, *, affine: bool) -> None:
@@ -59,18 +75,18 @@ class SepConv(nn.Sequential):
             depthwise = nn.Conv2d(
                 channels, channels, kernel, step, padding=kernel // 2, groups=channels, bias=False
             )
-            self.add_module(f"relu{i}", nn.ReLU())
+            if i == 2:
+                self.relu = nn.ReLU(inplace=True)  # nothing else reads the first half
             self.add_module(f"dw{i}", depthwise)
             self.add_module(f"pw{i}", nn.Conv2d(channels, channels, 1, bias=False))
             self.add_module(f"bn{i}", nn.BatchNorm2d(channels, affine=affine))
 
 
-class DilConv(nn.Sequential):
+class DilConv(ReLUFirst):
     """Depthwise-separable convolution with dilation 2."""
 
     def __init__(self, channels: int, kernel: int, stride: int, *, affine: bool) -> None:
         super().__init__()
-        self.relu = nn.ReLU()
         self.dw = nn.Conv2d(
             channels, channels, kernel, stride, padding=kernel - 1, dilation=2, groups=channels, bias=False
         )
@@ -78,7 +94,7 @@ class DilConv(nn.Sequential):
         self.bn = nn.BatchNorm2d(channels, affine=affine)
 
 
-class RectConv(nn.Sequential):
+class RectConv(ReLUFirst):
     """A 1xk then a kx1 convolution.
 
     AmoebaNet's 7x1 has full convolutions; the one of the fixed reduction cell of GDAS is grouped (`groups`)
@@ -90,7 +106,6 @@ class RectConv(nn.Sequential):
     ) -> None:
         super().__init__()
         pad = kernel // 2
-        self.relu = nn.ReLU()
         self.conv_a = nn.Conv2d(
             channels, channels, (1, kernel), (1, stride), (0, pad), groups=groups, bias=False
         )
@@ -99,7 +114,7 @@ class RectConv(nn.Sequential):
         )
         self.bn = nn.BatchNorm2d(channels, affine=affine)
         if then_pointwise:
-            self.relu2 = nn.ReLU()
+            self.relu = nn.ReLU(inplace=True)
             self.pw = nn.Conv2d(channels, channels, 1, bias=False)
             self.bn2 = nn.BatchNorm2d(channels, affine=affine)
 

@@ -99,6 +99,7 @@ class Gumbel:
         """One set of gates, differentiable in the logits; the same for all samples of a batch."""
         tau = self.tau.at(progress.epoch, progress.epochs)
         gates: Gates = {}
+        soft: dict[str, Tensor] = {}
         for name, table in arch.choices.items():
             logits = arch.masked(name)
             if table.pick > 1:
@@ -110,13 +111,17 @@ class Gumbel:
                 .log()
                 .to(logits.device, non_blocking=True)
             )
-            soft = ((logits.log_softmax(dim=-1) + gumbel) / tau).softmax(dim=-1)
-            if not self.hard:
-                gates[name] = Gate(soft, arch.all_active(name))
-                continue
-            chosen = soft.argmax(dim=-1)
-            straight = torch.zeros_like(soft).scatter_(1, chosen[:, None], 1.0) + (soft - soft.detach())
-            gates[name] = Gate(straight, tuple((option,) for option in chosen.tolist()))
+            soft[name] = ((logits.log_softmax(dim=-1) + gumbel) / tau).softmax(dim=-1)
+        if not self.hard:
+            return [gates | {name: Gate(p, arch.all_active(name)) for name, p in soft.items()}]
+        if soft:
+            # Which operations run is the host's to know: one wait for all tables.
+            chosen = torch.cat([p.argmax(dim=-1) for p in soft.values()])
+            options = iter(chosen.tolist())
+            tables = torch.split(chosen, [len(p) for p in soft.values()])
+            for (name, p), rows in zip(soft.items(), tables, strict=True):
+                straight = torch.zeros_like(p).scatter_(1, rows[:, None], 1.0) + (p - p.detach())
+                gates[name] = Gate(straight, tuple((next(options),) for _ in range(len(p))))
         return [gates]
 
 

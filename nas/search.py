@@ -4,8 +4,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import nn
 
 from nas.config import ABOVE_ZERO, check_range
 from nas.data import Augment, Data
+from nas.execution import Compile, compile_cells, uncompiled
 from nas.genotype import Genotype
 from nas.methods import Method
 from nas.metrics import (
@@ -61,6 +63,12 @@ class SearchStage:
     drop_path: Schedule = Constant(0.0)
     augment: Augment = field(default_factory=lambda: Augment(pad=4, flip=True))
     stem: Stem = "cifar"
+    compile: Compile = "off"
+    """Whether the cells are compiled, for full training batches; everything else runs as written."""
+    checkpoint_cells: bool = False
+    """Whether the backward pass computes cells again instead of keeping their activations.
+
+    For memory; the result is the same."""
 
     def __post_init__(self) -> None:
         inf = math.inf
@@ -76,6 +84,8 @@ class SearchStage:
             weight_decay=(0, inf, "0 decays nothing"),
             momentum=(0, 1, "0.9 is usual"),
         )
+        if self.compile not in get_args(Compile):
+            raise ValueError(f"compile={self.compile!r} is not one of {', '.join(get_args(Compile))}")
         check_probability(self, "skip_dropout", self.epochs)
         check_probability(self, "drop_path", self.epochs)
 
@@ -142,6 +152,7 @@ class SearchRun:
                 classes=self.data.classes,
                 channels_in=self.data.channels,
                 stem=stage.stem,
+                checkpoint_cells=stage.checkpoint_cells,
             ).to(self.device)
         arch = init_arch(
             method.supernet.gated(self.choices),
@@ -159,12 +170,14 @@ class SearchRun:
                 momentum=stage.momentum,
                 nesterov=stage.nesterov,
                 weight_decay=stage.weight_decay,
+                fused=True,
             ),
             arch_optimizer=method.arch_update.optimizer(arch),
             progress=Progress(0, stage.epochs),
             draws=generator(self.seed, "gates", self.part, 0),
         )
         self.saved_mb = self._saved_mb(state)
+        compile_cells(supernet.cells, stage.compile)
         reset_peak_memory(self.device)
         return state
 
@@ -191,6 +204,18 @@ class SearchRun:
             raise FloatingPointError(
                 f"search diverged: training loss {train_loss} in epoch {self.epoch} of stage {self.part}"
             )
+        with uncompiled(stage.compile):
+            metrics, genotype = self._measured(state, train_loss, train_error)
+            peak = peak_memory_mb(self.device)  # before the next stage starts a new one
+            self.epoch += 1
+            if self.epoch == stage.epochs:
+                self._end_stage(state, genotype, metrics)
+        metrics["seconds"] = time.perf_counter() - started
+        metrics["peak_memory_mb"] = peak
+        return metrics, genotype
+
+    def _measured(self, state: SearchState, train_loss: float, train_error: float) -> tuple[Values, Genotype]:
+        """All metrics after an epoch of training but time and memory, and what the search would give now."""
         genotype = self._derive(state.arch.probabilities())
         state.draws = generator(self.seed, "gates", "evaluation", self.part, self.epoch)
         valid_loss, valid_error = supernet_quality(state, state.gates()[0], self._valid_batches())
@@ -207,12 +232,6 @@ class SearchRun:
             "saved_mb": self.saved_mb,
             **self.price(genotype),
         }
-        peak = peak_memory_mb(self.device)  # before the next stage starts a new one
-        self.epoch += 1
-        if self.epoch == stage.epochs:
-            self._end_stage(state, genotype, metrics)
-        metrics["seconds"] = time.perf_counter() - started
-        metrics["peak_memory_mb"] = peak
         return metrics, genotype
 
     def _train_epoch(self, state: SearchState, stage: SearchStage) -> Average:
@@ -235,11 +254,13 @@ class SearchRun:
             for group in state.weight_optimizer.param_groups:
                 group["lr"] = stage.lr.at(moment, stage.epochs)
             arch_batch = next(arch_batches) if arch_batches is not None else None
-            if arch_batch is not None and not update.weights_first:
-                update.step(state, batch, arch_batch)
-            weight_step(state, batch, stage.clip, average)
-            if arch_batch is not None and update.weights_first:
-                update.step(state, batch, arch_batch)
+            full = all(len(b[1]) == stage.batch_size for b in (batch, arch_batch) if b is not None)
+            with nullcontext() if full else uncompiled(stage.compile):
+                if arch_batch is not None and not update.weights_first:
+                    update.step(state, batch, arch_batch)
+                weight_step(state, batch, stage.clip, average)
+                if arch_batch is not None and update.weights_first:
+                    update.step(state, batch, arch_batch)
         return average
 
     def _end_stage(self, state: SearchState, genotype: Genotype, metrics: Values) -> None:
@@ -334,7 +355,10 @@ def weight_step(state: SearchState, batch: Batch, clip: float, average: Average 
             torch.autograd.backward(loss)
             if average is not None:
                 average.add(loss, logits, labels)
-    nn.utils.clip_grad_norm_(state.supernet.parameters(), clip)
+    for parameter in state.supernet.parameters():
+        if parameter.grad is None:  # of operations that no gate ran: they decay and drift like the others
+            parameter.grad = torch.zeros_like(parameter)
+    nn.utils.clip_grad_norm_(state.supernet.parameters(), clip, foreach=True)
     state.weight_optimizer.step()
 
 

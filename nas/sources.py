@@ -4,8 +4,8 @@ Labels are known before any image is decoded, so a split or a limit costs only t
 that only one source needs are imported where it is opened.
 """
 
-import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,10 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-Pixels = npt.NDArray[np.uint8]
-"""Images `(N, C, H, W)`."""
-Integers = npt.NDArray[np.int64]
-"""Labels or positions `(N,)`."""
+from nas.files import Files, Integers, Pixels, opened
+
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel, of pixels in [0, 1]."""
 
@@ -44,6 +42,8 @@ class Rows:
 
     labels: Integers
     read: Callable[[Integers], Pixels]
+    files: Files | None = None
+    """The images as files, if they are files and `image_size` is set; they may then be streamed."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -51,7 +51,8 @@ class Rows:
 
     def take(self, positions: Integers) -> "Rows":
         """The rows at `positions`, in that order, still unread."""
-        return Rows(self.labels[positions], lambda chosen: self.read(positions[chosen]))
+        files = None if self.files is None else self.files.take(positions)
+        return Rows(self.labels[positions], lambda chosen: self.read(positions[chosen]), files)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,16 +255,18 @@ def _folder_rows(path: Path, names: tuple[str, ...], image_size: int | None) -> 
         raise ValueError(
             f"{path} holds the class {unknown[0]!r} that the training part lacks; it has {', '.join(names)}"
         )
-    files: list[Path] = []
+    path = path.absolute()  # other processes may read the files, from elsewhere
+    below = len(os.path.join(path, ""))
+    files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        entries = sorted((path / name).rglob("*"))
         found = [
-            entry
-            for entry in entries
-            if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
+            os.path.join(folder, file)[below:]
+            for folder, _, entries in os.walk(path / name)
+            for file in entries
+            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
         ]
-        files += found
+        files += sorted(found, key=lambda file: file.split(os.sep))
         labels += [label] * len(found)
     if not files:
         raise ValueError(
@@ -271,9 +274,13 @@ def _folder_rows(path: Path, names: tuple[str, ...], image_size: int | None) -> 
         )
 
     def read(positions: Integers) -> Pixels:
-        return _decoded([(str(files[index]), files[index]) for index in positions.tolist()], image_size)
+        chosen = [path / files[index] for index in positions.tolist()]
+        return _decoded([(str(file), file) for file in chosen], image_size)
 
-    return Rows(np.array(labels, dtype=np.int64), read)
+    streamed = None
+    if image_size is not None:
+        streamed = Files(str(path), np.array([os.fsencode(file) for file in files]), image_size)
+    return Rows(np.array(labels, dtype=np.int64), read, streamed)
 
 
 def _check_labels(path: Path, labels: Integers, names: tuple[str, ...]) -> None:
@@ -292,6 +299,12 @@ def _decoded(items: Sequence[tuple[str, Path | bytes | None]], image_size: int |
     """Decode named images in threads (Pillow releases the GIL): one channel if all are grey, else three."""
     name, data = items[0]
     height, width = _pixels(name, data, image_size).shape[:2]
+    needed, memory = 3 * len(items) * height * width, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"{len(items)} images of {height}x{width} take {needed / 1e9:.0f} GB, and this machine has "
+            f"{memory / 1e9:.0f} GB; set stream=True (image folders), a limit, or a smaller image_size"
+        )
     images = np.empty((len(items), 3, height, width), dtype=np.uint8)
 
     def decode(start: int) -> bool:
@@ -315,15 +328,7 @@ def _decoded(items: Sequence[tuple[str, Path | bytes | None]], image_size: int |
 
 def _pixels(name: str, data: Path | bytes | None, image_size: int | None) -> npt.NDArray[np.uint8]:
     """One image as `(H, W)` if grey, else `(H, W, 3)`; scaled and cropped to `image_size` if given."""
-    try:
-        if data is None:
-            raise ValueError("it is null")
-        with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} is not 8 bits a channel")
-            plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is not a readable image ({error}); mend or remove it") from error
+    plain = opened(name, data)
     if image_size is not None and plain.size != (image_size, image_size):
         plain = ImageOps.fit(plain, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(plain)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nas.gates import Gates
 from nas.samplers import Arch, Progress, Sampler
-from nas.supernets.cell import CellSupernet
+from nas.supernets.cell import CellSupernet, StackedBatchNorm
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, H, W) and labels (B,)."""
@@ -68,3 +68,16 @@ def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[No
     finally:
         for parameter, value in zip(parameters, held, strict=True):
             parameter.data = value
+
+
+@contextmanager
+def without_statistics(module: nn.Module) -> Iterator[None]:
+    """Context in which training-mode forwards of `module` leave running statistics of batch norm alone."""
+    norms = [part for part in module.modules() if isinstance(part, StackedBatchNorm | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

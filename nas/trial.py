@@ -17,7 +17,7 @@ from nas.costs import network_cost
 from nas.data import Arrays, Data, DataConfig, load
 from nas.genotype import Genotype
 from nas.methods import METHODS, Method
-from nas.retrain import RetrainRun, RetrainStage, check_retrain
+from nas.retrain import RetrainRun, RetrainStage, check_device, check_retrain
 from nas.search import SearchRun, SearchStage, Values, check_search
 from nas.spaces.cell import CellSpace
 
@@ -57,8 +57,8 @@ class Trial:
 
     @property
     def id(self) -> str:
-        """12 hex digits that name this trial: a hash of everything but where downloads are kept."""
-        here = replace(self.data, root=DataConfig.root, download=DataConfig.download)
+        """12 hex digits that name this trial: a hash of all but where downloads lie and who decodes."""
+        here = replace(self.data, root=DataConfig.root, download=DataConfig.download, workers=None)
         text = json.dumps(replace(self, data=here).to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -118,6 +118,7 @@ class TrialRun:
 
     def __init__(self, trial: Trial, data: Data, device: torch.device) -> None:
         check_retrain(trial.retrain, data.image_size)
+        check_device(trial.retrain, device)
         self.trial, self.data, self.device = trial, data, device
         self.search = SearchRun(
             trial.space, trial.method, trial.search, data, trial.seeds.search, device, pricing(trial, data)

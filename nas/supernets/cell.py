@@ -11,15 +11,15 @@ after skips P-DARTS arXiv:1904.12760; drop-path in the search RobustDARTS arXiv:
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.execution import recomputed
 from nas.gates import Gates
 from nas.network import Stem, cifar_stem, imagenet_stems
 from nas.ops import FactorizedReduce, ReLUConvBN, pad_to_even
@@ -101,10 +101,21 @@ class CellSupernetConfig:
         classes: int,
         channels_in: int = 3,
         stem: Stem = "cifar",
+        checkpoint_cells: bool = False,
     ) -> "CellSupernet":
         """Supernet over `choices`, freshly initialised from PyTorch's default generator."""
         self.check(space, channels)
-        return CellSupernet(self, space, choices, cells, channels, classes, channels_in, stem)
+        return CellSupernet(
+            self,
+            space,
+            choices,
+            cells,
+            channels,
+            classes,
+            channels_in,
+            stem,
+            checkpoint_cells=checkpoint_cells,
+        )
 
 
 # --- operations stacked by edge -----------------------------------------------------------------------------
@@ -170,17 +181,80 @@ class StackedConv(nn.Module):
         if channels <= FOLD_MAX_CHANNELS:
             dense = (pw[..., None, None] * dw[:, None]).flatten(0, 1)
             return F.conv2d(x, dense, None, self.stride, self.padding, self.dilation, groups=sources)
-        if sources != edges:
-            x = repeat_sources(x, sources, edges // sources)
-        kernel, groups = dw.reshape(-1, 1, *dw.shape[2:]), edges * channels
-        depthwise = F.conv2d(x, kernel, None, self.stride, self.padding, self.dilation, groups=groups)
-        return F.conv2d(depthwise, pw.reshape(-1, channels, 1, 1), groups=edges)
+        targets = edges // sources
+        if self.stride == self.dilation == 1:
+            x = repeat_sources(x, sources, targets)
+            y = F.conv2d(x, dw.reshape(-1, 1, *dw.shape[2:]), padding=self.padding, groups=edges * channels)
+        else:  # these are slow on many channels: one source channel makes those of all its edges
+            kernel = torch.unflatten(dw, 0, (sources, targets)).transpose(1, 2)
+            kernel = kernel.reshape(-1, 1, *dw.shape[2:])
+            y = F.conv2d(x, kernel, None, self.stride, self.padding, self.dilation, groups=sources * channels)
+            y = by_edge(y, sources, channels)
+        return F.conv2d(y, pw.reshape(-1, channels, 1, 1), groups=edges)
 
 
 def repeat_sources(x: Tensor, sources: int, times: int) -> Tensor:
     """(B, S*C, H, W) -> (B, S*times*C, H, W): every source once per edge that leaves it."""
-    split = torch.unflatten(x, 1, (sources, 1, -1))
-    return split.expand(-1, -1, times, -1, -1, -1).flatten(1, 3)
+    return concatenate([source for source in x.chunk(sources, dim=1) for _ in range(times)])
+
+
+def by_edge(x: Tensor, sources: int, channels: int) -> Tensor:
+    """(B, S*C*T, H, W) -> (B, S*T*C, H, W): the channels of an edge side by side."""
+    if is_channels_last(x):
+        pixels = torch.unflatten(x.permute(0, 2, 3, 1), 3, (sources, channels, -1))
+        return pixels.transpose(4, 5).flatten(3).permute(0, 3, 1, 2)
+    return torch.unflatten(x, 1, (sources, channels, -1)).transpose(2, 3).flatten(1, 3)
+
+
+def select(x: Tensor, groups: int, index: Sequence[int]) -> Tensor:
+    """(B, G*C, H, W) -> (B, len(index)*C, H, W): the groups of channels that `index` names."""
+    parts = x.chunk(groups, dim=1)
+    return concatenate([parts[i] for i in index])
+
+
+def weighted(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, G*C, H, W) with group g scaled by `weight` (G,), or by `weight` (B, G) sample by sample."""
+    factors = weight.repeat_interleave(x.shape[1] // weight.shape[-1], dim=-1)
+    return x * factors[..., None, None]
+
+
+def combine(x: Tensor, mixing: Tensor) -> Tensor:
+    """(B, n*C, H, W) -> (B, T*C, H, W): T weighted sums over groups, by `mixing` (T, n) or (B, T, n)."""
+    targets, groups = mixing.shape[-2:]
+    channels = x.shape[1] // groups
+    if is_channels_last(x) and mixing.dim() == 2:
+        # A matrix product over the groups would have to bring them outside the pixels first.
+        eye = torch.eye(channels, dtype=x.dtype, device=x.device)
+        kernel = (mixing[:, None, :, None] * eye[:, None]).reshape(targets * channels, -1, 1, 1)
+        return F.conv2d(x, kernel)
+    sums = torch.matmul(mixing, torch.unflatten(x, 1, (groups, channels)).flatten(2))
+    return sums.view(x.shape[0], targets * channels, *x.shape[2:])
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """How activations lie in memory: with neighbouring channels on a CPU, whose convolutions like it so."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+class _DenseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous(memory_format=layout(gradient.device))
+
+
+def dense_gradient(x: Tensor) -> Tensor:
+    """`x`, whose gradient comes without gaps: with some, as slices have, batch norm is slow backward."""
+    out: Tensor = _DenseGradient.apply(x)
+    return out
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel are neighbours in memory."""
+    return x.stride(1) == 1 and x.shape[1] > 1
 
 
 class StackedSeparable(nn.Module):
@@ -250,6 +324,10 @@ class FanOutPlan:
     Made once for each pattern of active options.
     """
 
+    shape: tuple[int, int]
+    """Sources and targets."""
+    table: Tensor
+    """Rows of the fan-out's edges in the cell's tables of choices."""
     edges: dict[str, tuple[int, ...]]
     index: dict[str, Tensor]
     """Edges of an operation that runs on some edges only."""
@@ -293,63 +371,62 @@ class FanOut(nn.Module):
                 self.pool_norms[op] = StackedBatchNorm(len(edges), channels)
             elif op == "skip_connect" and stride == 2:
                 self.weighted[op] = StackedReduce(len(edges), channels)
-        self._plans: dict[tuple[tuple[int, ...], ...], FanOutPlan] = {}
 
-    def forward(
-        self, x: Tensor, gate: Tensor, active: tuple[tuple[int, ...], ...], keep: Tensor | None, noise: Noise
-    ) -> Tensor:
-        """Sources (B, S*C, H, W) -> sums over the sources (B, T, C, H', W'), one for each target.
+    def forward(self, x: Tensor, gate: Tensor, plan: FanOutPlan, keep: Tensor | None, noise: Noise) -> Tensor:
+        """Sources (B, S*C, H, W) -> sums over the sources (B, T*C, H', W'), one for each target.
 
-        `gate` (S*T, options) and `active` are those of this fan-out's edges; `keep` (B, S*T) are the
+        `gate` (S*T, options) and `plan` are those of this fan-out's edges; `keep` (B, S*T) are the
         factors of drop-path.
         """
-        plan = self._plan(active, x.device)
         sources, targets, edges = len(self.sources), len(self.targets), len(self.edge_rows)
         total = self._without_weights(x, gate, plan, keep, noise)
         rectified = F.relu(x) if any(plan.edges[op] for op in self.weighted) else x
         everywhere: Tensor | None = None
         for op, module in self.weighted.items():
+            running = plan.edges[op]
             scale = gate[:, self.ops.index(op)]
-            if len(plan.edges[op]) == edges:
+            if len(running) == edges:
                 y = module(rectified, sources, None, scale)
                 everywhere = y if everywhere is None else everywhere + y
-            elif plan.edges[op]:
-                index = plan.index[op]
-                inputs = torch.unflatten(rectified, 1, (sources, -1))[:, index // targets].flatten(1, 2)
-                y = module(inputs, len(index), plan.rows[op], scale[index])
-                y = torch.unflatten(y, 1, (len(index), -1))
-                if keep is not None:
-                    y = y * keep[:, index, None, None, None]
-                if total is None:
-                    total = y.new_zeros(y.shape[0], targets, *y.shape[2:])
-                total = total.index_add(1, index % targets, y)
+            elif running:
+                inputs = select(rectified, sources, [edge // targets for edge in running])
+                y = module(inputs, len(running), plan.rows[op], scale[plan.index[op]])
+                y = y if keep is None else weighted(y, keep[:, plan.index[op]])
+                total = self._spread(y, running, total)
         if everywhere is not None:
-            y = torch.unflatten(everywhere, 1, (edges, -1))
-            if keep is not None:
-                y = y * keep[:, :, None, None, None]
-            for part in y.chunk(sources, dim=1):
-                total = part if total is None else total + part
+            y = everywhere if keep is None else weighted(everywhere, keep)
+            total = sum_of([*([] if total is None else [total]), *y.chunk(sources, dim=1)])
         if total is None:
             size = [math.ceil(side / self.stride) for side in x.shape[-2:]]
-            total = x.new_zeros(x.shape[0], targets, self.channels, *size)
+            total = x.new_zeros(x.shape[0], targets * self.channels, *size)
         return total
 
-    def _plan(self, active: tuple[tuple[int, ...], ...], device: torch.device) -> FanOutPlan:
-        if active not in self._plans:
-            if len(self._plans) >= 8:  # sampled gates: patterns hardly ever repeat
-                self._plans.clear()
-            edges = {
-                op: tuple(edge for edge in members if option in active[edge])
-                for option, (op, members) in enumerate(self.members.items())
-            }
-            rows: dict[str, Tensor | None] = {}
-            for op, running in edges.items():
-                members = self.members[op]
-                whole = running == members
-                rows[op] = None if whole else torch.tensor([members.index(e) for e in running], device=device)
-            index = {op: torch.tensor(running, device=device) for op, running in edges.items()}
-            self._plans[active] = FanOutPlan(edges, index, rows)
-        return self._plans[active]
+    def _spread(self, y: Tensor, running: tuple[int, ...], total: Tensor | None) -> Tensor:
+        """`total` plus the outputs (B, E*C, H', W') of the edges `running`, each at its target."""
+        targets = len(self.targets)
+        sums: list[Tensor | None] = [None] * targets
+        if total is not None:
+            sums = list(total.chunk(targets, dim=1))
+        for part, edge in zip(y.chunk(len(running), dim=1), running, strict=True):
+            held = sums[edge % targets]
+            sums[edge % targets] = part if held is None else held + part
+        nothing = y.new_zeros(()).expand(y.shape[0], self.channels, *y.shape[2:])
+        return concatenate([nothing if part is None else part for part in sums])
+
+    def plan(self, active: Sequence[tuple[int, ...]], device: torch.device) -> FanOutPlan:
+        """What runs where, given the options that run on each edge."""
+        edges = {
+            op: tuple(edge for edge in members if option in active[edge])
+            for option, (op, members) in enumerate(self.members.items())
+        }
+        rows: dict[str, Tensor | None] = {}
+        for op, running in edges.items():
+            members = self.members[op]
+            whole = running == members
+            rows[op] = None if whole else torch.tensor([members.index(e) for e in running], device=device)
+        index = {op: torch.tensor(running, device=device) for op, running in edges.items()}
+        table = torch.tensor(self.edge_rows, device=device)
+        return FanOutPlan((len(self.sources), len(self.targets)), table, edges, index, rows)
 
     def _without_weights(
         self, x: Tensor, gate: Tensor, plan: FanOutPlan, keep: Tensor | None, noise: Noise
@@ -360,9 +437,17 @@ class FanOut(nn.Module):
         """
         sources, targets = len(self.sources), len(self.targets)
         dropping = self.training and noise.skip_dropout > 0
-        terms: list[Tensor] = []
-        coefficients: list[Tensor] = []
-        extra: Tensor | None = None
+        pools: list[str] = []
+        pool_weights: list[Tensor] = []
+        found: list[Tensor] = []
+
+        def mixed(y: Tensor, weights: list[Tensor]) -> Tensor:
+            mixing = torch.stack(weights).view(len(weights) * sources, targets).t()
+            if keep is not None:
+                factors = torch.unflatten(keep, 1, (sources, targets)).transpose(1, 2)
+                mixing = mixing * factors.repeat(1, 1, len(weights))
+            return combine(y, mixing)
+
         for option, op in enumerate(self.ops):
             if not plan.edges[op] or op in self.weighted or op == "none":
                 continue
@@ -371,69 +456,66 @@ class FanOut(nn.Module):
             if not whole:
                 weight = torch.zeros_like(weight).index_copy(0, plan.index[op], weight[plan.index[op]])
             if op in POOLS and self.training:
-                terms.append(self._pool(op, x, plan))
-                coefficients.append(weight)
+                pools.append(op)
+                pool_weights.append(weight)
             elif op == "skip_connect" and not dropping:
-                terms.append(x)
-                coefficients.append(weight)
+                found.append(mixed(x, [weight]))
             else:
-                y = self._per_edge(op, x, plan, noise) * weight[:, None, None, None]
-                if keep is not None:
-                    y = y * keep[:, :, None, None, None]
-                y = torch.unflatten(y, 1, (sources, targets)).sum(1)
-                extra = y if extra is None else extra + y
-        if not terms:
-            return extra
-        stacked = torch.unflatten(torch.cat(terms, dim=1), 1, (len(terms) * sources, -1)).flatten(2)
-        mixing = torch.stack(coefficients).view(len(terms) * sources, targets).t()
-        if keep is not None:
-            factors = torch.unflatten(keep, 1, (sources, targets)).transpose(1, 2)
-            mixing = mixing * factors.repeat(1, 1, len(terms))
-        total = torch.unflatten(torch.matmul(mixing, stacked), 2, (self.channels, *terms[0].shape[2:]))
-        return total if extra is None else total + extra
+                y = weighted(self._per_edge(op, x, plan, noise), weight if keep is None else weight * keep)
+                found += y.chunk(sources, dim=1)
+        if pools:
+            found.append(mixed(self._pooled(pools, x, plan), pool_weights))
+        return sum_of(found) if found else None
 
-    def _pool(self, op: str, x: Tensor, plan: FanOutPlan) -> Tensor:
-        """Pool and batch norm of the sources with the batch's statistics.
+    def _pooled(self, ops: list[str], x: Tensor, plan: FanOutPlan) -> Tensor:
+        """Pools of the sources (B, len(ops)*S*C, H', W'), normalised with the batch's statistics.
 
-        These enter the running ones of every edge that runs `op`.
+        These enter the running ones of every edge that runs the pool.
         """
-        norm = self.pool_norms[op]
-        assert isinstance(norm, StackedBatchNorm)
-        y = pool(op, x, self.stride)
-        if not norm.track_running_stats:
+        y = concatenate([pool(op, x, self.stride) for op in ops])
+        norms = [self.pool_norms[op] for op in ops]
+        if not all(norm.track_running_stats for norm in norms):
             return F.batch_norm(y, None, None, training=True)
-        mean, var = x.new_zeros(y.shape[1]), x.new_zeros(y.shape[1])
-        out = F.batch_norm(y, mean, var, training=True, momentum=1.0)
-        source = plan.index[op] // len(self.targets)
-        for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
-            new = batch.view(len(self.sources), -1)[source]
-            rows = plan.rows[op]
-            if rows is None:
-                running.lerp_(new, 0.1)
-            else:
-                running[rows] = running[rows].lerp(new, 0.1)
+        mean, var = y.new_zeros(len(ops), len(self.sources), self.channels).repeat(2, 1, 1, 1)
+        out = F.batch_norm(y, mean.view(-1), var.view(-1), training=True, momentum=1.0)
+        for number, (op, norm) in enumerate(zip(ops, norms, strict=True)):
+            assert isinstance(norm, StackedBatchNorm)
+            source, rows = plan.index[op] // len(self.targets), plan.rows[op]
+            for running, batch in ((norm.running_mean, mean[number]), (norm.running_var, var[number])):
+                if rows is None:
+                    running.lerp_(batch[source], 0.1)
+                else:
+                    running[rows] = running[rows].lerp(batch[source], 0.1)
         return out
 
     def _per_edge(self, op: str, x: Tensor, plan: FanOutPlan, noise: Noise) -> Tensor:
-        """Output (B, S*T, C, H', W') of an operation without weights whose edges from one source differ."""
-        edges = len(self.edge_rows)
+        """Output (B, S*T*C, H', W') of an operation without weights whose edges from one source differ."""
+        sources, targets, edges = len(self.sources), len(self.targets), len(self.edge_rows)
         if op == "noise":
             size = [math.ceil(side / self.stride) for side in x.shape[-2:]]
             shape = (x.shape[0], edges, self.channels, *size)
-            return torch.randn(shape, generator=noise.generator, dtype=x.dtype, device=x.device)
+            drawn = torch.randn(shape, generator=noise.generator, dtype=x.dtype, device=x.device)
+            return drawn.flatten(1, 2)
         if op == "skip_connect":
-            copies = repeat_sources(x, len(self.sources), len(self.targets))
-            copies = torch.unflatten(copies, 1, (edges, -1))
-            draws = torch.rand(copies.shape, generator=noise.generator, dtype=x.dtype, device=x.device)
-            return copies * (draws >= noise.skip_dropout) / (1 - noise.skip_dropout)
+            copies = repeat_sources(x, sources, targets)
+            draws = torch.rand(
+                (x.shape[0], edges, self.channels, *x.shape[2:]),
+                generator=noise.generator,
+                dtype=x.dtype,
+                device=x.device,
+            )
+            return copies * (draws.flatten(1, 2) >= noise.skip_dropout) / (1 - noise.skip_dropout)
         # Evaluation: every edge's pool has running statistics of its own.
         norm = self.pool_norms[op]
         assert isinstance(norm, StackedBatchNorm)
-        copies = repeat_sources(pool(op, x, self.stride), len(self.sources), len(self.targets))
-        copies = torch.unflatten(copies, 1, (edges, -1))
-        members = torch.tensor(self.members[op], device=x.device)
-        y = torch.unflatten(norm(copies[:, members].flatten(1, 2)), 1, (len(members), -1))
-        return torch.zeros_like(copies).index_copy(1, members, y)
+        copies = repeat_sources(pool(op, x, self.stride), sources, targets)
+        members = self.members[op]
+        if len(members) == edges:
+            out: Tensor = norm(copies)
+            return out
+        outputs = iter(norm(select(copies, edges, members)).chunk(len(members), dim=1))
+        nothing = torch.zeros_like(copies[:, : self.channels])
+        return concatenate([next(outputs) if edge in members else nothing for edge in range(edges)])
 
 
 def pool(op: str, x: Tensor, stride: int) -> Tensor:
@@ -452,8 +534,8 @@ class CellGates:
 
     ops: list[Tensor]
     """For every fan-out, effective weight (edges, options): operation times edge."""
-    active: list[tuple[tuple[int, ...], ...]]
-    edges: list[Tensor | None]
+    plans: list[FanOutPlan]
+    edges: Sequence[Tensor | None]
     """For every fan-out, weight (S, T) of the edges themselves, which bypassed channels carry; None is 1."""
 
 
@@ -485,12 +567,12 @@ class SupernetCell(nn.Module):
         )
 
     def forward(self, s0: Tensor, s1: Tensor, gates: CellGates, noise: Noise) -> Tensor:
-        """Outputs of the two cells before -> concatenated nodes (B, nodes*C, H', W')."""
-        states = [self.in0(s0), self.in1(s1)]
+        """Outputs of the two cells before, rectified -> concatenated nodes (B, nodes*C, H', W')."""
+        states = [dense_gradient(self.in0.after_relu(s0)), dense_gradient(self.in1.after_relu(s1))]
         mixed: dict[int, Tensor] = {}
         bypassed: dict[int, Tensor] = {}
         ready = 2
-        for fan, ops, active, edges in zip(self.fans, gates.ops, gates.active, gates.edges, strict=True):
+        for fan, ops, plan, edges in zip(self.fans, gates.ops, gates.plans, gates.edges, strict=True):
             assert isinstance(fan, FanOut)
             while len(states) <= max(fan.sources):
                 states.append(self._node(mixed.pop(ready), bypassed.pop(ready, None)))
@@ -499,18 +581,19 @@ class SupernetCell(nn.Module):
             xs = [states[source] for source in fan.sources]
             rest: Tensor | None = None
             if self.config.channel_mix == "mask":
-                outputs = self._masked(fan, xs[0], ops, active, edges, keep, noise)
+                outputs = self._masked(fan, xs[0], ops, plan, edges, keep, noise)
             elif self.part == self.channels:
-                outputs = fan(concatenate(xs), ops, active, keep, noise)
+                outputs = fan(concatenate(xs), ops, plan, keep, noise)
             else:
                 sizes = [self.part, self.channels - self.part]
                 parts = [torch.split(x, sizes, dim=1) for x in xs]
-                outputs = fan(concatenate([part[0] for part in parts]), ops, active, keep, noise)
+                outputs = fan(concatenate([part[0] for part in parts]), ops, plan, keep, noise)
                 rest = self._bypass(fan, [part[1] for part in parts], edges, keep)
-            for index, target in enumerate(fan.targets):
-                accumulate(mixed, target, outputs[:, index])
-                if rest is not None:
-                    accumulate(bypassed, target, rest[:, index])
+            for target, output in zip(fan.targets, outputs.chunk(len(fan.targets), dim=1), strict=True):
+                accumulate(mixed, target, output)
+            if rest is not None:
+                for target, output in zip(fan.targets, rest.chunk(len(fan.targets), dim=1), strict=True):
+                    accumulate(bypassed, target, output)
         states += [self._node(mixed.pop(node), bypassed.pop(node, None)) for node in sorted(mixed)]
         return torch.cat(states[2:], dim=1)
 
@@ -522,28 +605,29 @@ class SupernetCell(nn.Module):
             return torch.cat([bypassed, mixed], dim=1)
         # Channel shuffle with K groups: channel g C/K + r moves to r K + g.
         groups = [mixed, *bypassed.chunk(self.config.partial_channels - 1, dim=1)]
+        if is_channels_last(groups[0]):
+            pixels = [group.permute(0, 2, 3, 1) for group in groups]
+            return torch.stack(pixels, dim=4).flatten(3).permute(0, 3, 1, 2)
         return torch.stack(groups, dim=2).flatten(1, 2)
 
     def _bypass(self, fan: FanOut, rest: list[Tensor], edges: Tensor | None, keep: Tensor | None) -> Tensor:
-        """Bypassed channels of the sources -> their weighted sums (B, T, C - C/K, H', W') for each target."""
+        """Bypassed channels of the sources -> their weighted sums (B, T*(C - C/K), H', W'), by target."""
         if fan.stride == 2:
             rest = [F.max_pool2d(x, 2, 2, ceil_mode=True) for x in rest]
         sources, targets = len(fan.sources), len(fan.targets)
         if edges is None and keep is None:
-            return sum_of(rest)[:, None].expand(-1, targets, -1, -1, -1)
+            return concatenate([sum_of(rest)] * targets)
         weight = rest[0].new_ones(sources, targets) if edges is None else edges
         if keep is not None:
             weight = weight * torch.unflatten(keep, 1, (sources, targets))
-        stacked = torch.stack(rest, dim=1)
-        sums = torch.matmul(weight.transpose(-2, -1), stacked.flatten(2))
-        return torch.unflatten(sums, 2, stacked.shape[2:])
+        return combine(concatenate(rest), weight.transpose(-2, -1))
 
     def _masked(
         self,
         fan: FanOut,
         x: Tensor,
         ops: Tensor,
-        active: tuple[tuple[int, ...], ...],
+        plan: FanOutPlan,
         edges: Tensor | None,
         keep: Tensor | None,
         noise: Noise,
@@ -553,10 +637,10 @@ class SupernetCell(nn.Module):
         if self.training and self.part < self.channels:
             order = torch.randperm(self.channels, generator=noise.generator, device=x.device)
         chosen, rest = torch.split(order, [self.part, self.channels - self.part])
-        out: Tensor = fan(x[:, chosen], ops, active, keep, noise)
+        out: Tensor = fan(x[:, chosen], ops, plan, keep, noise)
         if len(rest):
-            out = torch.cat([out, self._bypass(fan, [x[:, rest]], edges, keep)], dim=2)
-        return out[:, :, order.argsort()]
+            out = torch.cat([out, self._bypass(fan, [x[:, rest]], edges, keep)], dim=1)
+        return out[:, order.argsort()]
 
     def _drop_path(self, like: Tensor, edges: int, noise: Noise) -> Tensor | None:
         if not self.training or noise.drop_path == 0:
@@ -607,7 +691,8 @@ class CellSupernet(nn.Module):
     """Supernet of stacked cells; holds weights only, the architecture comes in with the gates.
 
     Batch norms inside cells have no affine parameters, the stem's have; reduction cells sit at a third and
-    two thirds, and double the width. Build it with `CellSupernetConfig.build`.
+    two thirds, and double the width. `checkpoint_cells` keeps only the inputs of cells for the backward pass,
+    which computes the rest again. Build it with `CellSupernetConfig.build`.
     """
 
     _edge_index: Tensor
@@ -622,9 +707,12 @@ class CellSupernet(nn.Module):
         classes: int,
         channels_in: int,
         stem: Stem,
+        *,
+        checkpoint_cells: bool,
     ) -> None:
         super().__init__()
         self.config, self.space, self.choices = config, space, choices
+        self.checkpoint_cells = checkpoint_cells
         self.noise = Noise()
         """Set by the search loop before each epoch."""
         width = 3 * channels
@@ -657,21 +745,27 @@ class CellSupernet(nn.Module):
         columns = space.nodes + 1
         index = [(node - 2) * columns + source for node, source in space.edges]
         self.register_buffer("_edge_index", torch.tensor(index), persistent=False)
-        for number, (sources, targets) in enumerate(
-            fan_outs(space.nodes, single=config.channel_mix == "mask")
-        ):
-            rows = [space.edges.index((target, source)) for source in sources for target in targets]
-            self.register_buffer(f"_fan_rows_{number}", torch.tensor(rows), persistent=False)
+        self._held_plans: dict[object, list[FanOutPlan]] = {}
 
     def forward(self, x: Tensor, gates: Gates) -> Tensor:
         """Images (B, C, H, W) and gates -> logits (B, classes)."""
         arranged: dict[str, CellGates] = {cell: self._arrange(gates, cell) for cell in CELL_TYPES}
-        s0 = self.stem0(x)
-        s1 = s0 if self.stem1 is None else self.stem1(s0)
-        for cell in self.cells:
+        # All that read a cell's output rectify it first, but for the head; hence it is done once, here.
+        laid = layout(x.device)
+        s0 = s1 = F.relu(self.stem0(x.contiguous(memory_format=laid)).contiguous(memory_format=laid))
+        if self.stem1 is not None:
+            s1 = F.relu(self.stem1(s0))
+        out = s1
+        for position, cell in enumerate(self.cells):
             assert isinstance(cell, SupernetCell)
-            s0, s1 = s1, cell(s0, s1, arranged[cell.cell_type], self.noise)
-        logits: Tensor = self.head(s1.mean(dim=(2, 3)))
+            if position:
+                s0, s1 = s1, F.relu(out)
+            inputs = (s0, s1, arranged[cell.cell_type], self.noise)
+            if self.checkpoint_cells:
+                out = recomputed(cell, *inputs, generator=self.noise.generator)
+            else:
+                out = cell(*inputs)
+        logits: Tensor = self.head(dense_gradient(out).mean(dim=(2, 3)))
         return logits
 
     def _arrange(self, gates: Gates, cell: CellType) -> CellGates:
@@ -679,33 +773,30 @@ class CellSupernet(nn.Module):
         weights, active = op_gate.weights, op_gate.active
         edge_weights: Tensor | None = None
         if input_gate is not None:
-            edge_weights = input_gate.weights.flatten()[self._edge_index]
+            edge_weights = input_gate.weights.flatten().index_select(0, self._edge_index)
             kept = [source in input_gate.active[node - 2] for node, source in self.space.edges]
             if not all(kept):  # bypassed channels of an edge that does not run are nothing either
                 edge_weights = edge_weights * edge_weights.new_tensor(kept)
             weights = weights * edge_weights[:, None]
             active = tuple(ops if keep else () for ops, keep in zip(active, kept, strict=True))
-        result = CellGates([], [], [])
-        for number, (sources, targets) in enumerate(
-            fan_outs(self.space.nodes, single=self.config.channel_mix == "mask")
-        ):
-            rows = getattr(self, f"_fan_rows_{number}")
-            result.ops.append(weights[rows])
-            result.active.append(
-                tuple(active[self.space.edges.index((t, s))] for s in sources for t in targets)
-            )
-            edges = None if edge_weights is None else edge_weights[rows].view(len(sources), len(targets))
-            result.edges.append(edges)
-        return result
+        plans = self._plans(cell, active, weights.device)
+        ops = [weights.index_select(0, plan.table) for plan in plans]
+        if edge_weights is None:
+            return CellGates(ops, plans, [None] * len(plans))
+        edges = [edge_weights.index_select(0, plan.table).view(plan.shape) for plan in plans]
+        return CellGates(ops, plans, edges)
 
-    @contextmanager
-    def without_statistics(self) -> Iterator[None]:
-        """Context in which training-mode forwards leave the running statistics of batch norm alone."""
-        norms = [m for m in self.modules() if isinstance(m, StackedBatchNorm | nn.BatchNorm2d)]
-        for norm in norms:
-            norm.track_running_stats = False
-        try:
-            yield
-        finally:
-            for norm in norms:
-                norm.track_running_stats = True
+    def _plans(
+        self, cell_type: CellType, active: tuple[tuple[int, ...], ...], device: torch.device
+    ) -> list[FanOutPlan]:
+        """Plans of the fan-outs of `cell_type`, alike in all its cells."""
+        key = (cell_type, active, device)
+        if key not in self._held_plans:
+            if len(self._held_plans) >= 8:  # sampled gates: patterns hardly ever repeat
+                self._held_plans.clear()
+            cells = [cell for cell in self.cells if isinstance(cell, SupernetCell)]
+            like = next((cell for cell in cells if cell.cell_type == cell_type), None)
+            fans = [fan for fan in like.fans if isinstance(fan, FanOut)] if like else []
+            plans = [fan.plan([active[row] for row in fan.edge_rows], device) for fan in fans]
+            self._held_plans[key] = plans
+        return self._held_plans[key]

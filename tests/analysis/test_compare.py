@@ -1,15 +1,31 @@
 """The statistics agree with numbers computed by hand, with scipy and with simulation."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from analysis.compare import Difference, difference, holm, mean_interval, relative_improvement, verdict
+from analysis.compare import (
+    Difference,
+    benjamini_hochberg,
+    compare_arms,
+    difference,
+    equivalence,
+    family,
+    holm,
+    mean_interval,
+    paired_difference,
+    relative_improvement,
+    relative_improvement_interval,
+    reproduction,
+    verdict,
+)
+from analysis.resample import Draws
 
 A = [97.2, 97.4, 97.3, 97.5]
 B = [97.0, 97.1, 96.9, 97.2]
@@ -65,7 +81,9 @@ def test_values_that_are_not_finite_and_wrong_levels_are_refused() -> None:
 def test_difference_computed_by_hand() -> None:
     found = difference(A, B)
     assert found.mean_difference == pytest.approx(0.3)
+    assert (found.t, found.df) == pytest.approx((3.286335, 6), abs=5e-7)
     assert found.p == pytest.approx(0.016690, abs=5e-7)
+    assert found.cohens_d == pytest.approx(2.323790, abs=5e-7)
     assert found.hedges_g == pytest.approx(2.020687, abs=5e-7)
     assert found.a12 == 0.96875
     assert found.cliff_delta == 0.9375
@@ -238,3 +256,226 @@ def test_relative_improvement_needs_runs_and_a_positive_denominator() -> None:
         relative_improvement([90.0], [0.0])
     with pytest.raises(ValueError, match="runs on both sides"):
         relative_improvement([], [90.0])
+
+
+def test_relative_improvement_has_an_interval_that_resamples_both_sides() -> None:
+    draw = np.random.default_rng(0)
+    method, random = 97.3 + 0.1 * draw.standard_normal(8), 97.0 + 0.3 * draw.standard_normal(8)
+    found = relative_improvement_interval(method, random)
+    assert found.percent.value == pytest.approx(relative_improvement(method, random))
+    assert (found.method_mean, found.random_mean) == pytest.approx((method.mean(), random.mean()))
+    means = [draw.choice(side, (20_000, 8)).mean(axis=1) for side in (method, random)]
+    expected = np.quantile(100 * (means[0] / means[1] - 1), [0.025, 0.975])
+    assert (found.percent.low, found.percent.high) == pytest.approx(tuple(expected), abs=0.03)
+    assert found.percent.restriction is None
+    assert relative_improvement_interval(A, B).percent.low is None
+    few = relative_improvement_interval([*A, 97.6], [*B, 97.3]).percent
+    assert "fewer than the 8 runs" in (few.restriction or "")
+
+
+# Two arms in every way
+
+
+def test_a_comparison_computed_by_hand() -> None:
+    found = compare_arms(A, B)
+    assert found.u == 15.5
+    assert found.difference.t == pytest.approx(3.286335, abs=5e-7)
+    assert found.difference.df == pytest.approx(6)
+    assert found.difference.cohens_d == pytest.approx(2.323790, abs=5e-7)
+    assert found.a12.value == 0.96875
+    assert found.bootstrap.value == pytest.approx(0.3)
+    assert found.bootstrap.restriction == "fewer than 5 runs in an arm: no bootstrap interval"
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples, samples)
+def test_tests_of_two_arms_agree_with_scipy(a: list[float], b: list[float]) -> None:
+    found = compare_arms(a, b, Draws(resamples=99))
+    expected = stats.mannwhitneyu(a, b)
+    assert found.u == pytest.approx(expected.statistic)
+    assert found.p_mann_whitney == pytest.approx(expected.pvalue)
+    pooled = np.array([*a, *b])
+    sums = [sum(pooled[list(part)]) for part in itertools.combinations(range(len(pooled)), len(a))]
+    above, below = np.mean(np.array(sums) >= sum(a) - 1e-9), np.mean(np.array(sums) <= sum(a) + 1e-9)
+    assert found.p_permutation == pytest.approx(min(1, 2 * min(above, below)))
+    if found.p_brunner_munzel is not None:
+        assert found.p_brunner_munzel == pytest.approx(stats.brunnermunzel(a, b).pvalue)
+
+
+def test_arms_wholly_apart_have_no_brunner_munzel() -> None:
+    found = compare_arms([1.0, 2, 3], [4.0, 5, 6])
+    assert (found.p_brunner_munzel, found.difference.a12) == (None, 0)
+
+
+def test_bootstrap_intervals_of_arms_agree_with_scipys() -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.exponential(size=15), 1 + draw.exponential(size=12)
+    found = compare_arms(a, b)
+    reference = stats.bootstrap(
+        (a, b),
+        lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    # scipy's jackknife of two samples leaves out one run of one, too: ends differ by the draws only.
+    assert (found.bootstrap.low, found.bootstrap.high) == pytest.approx(tuple(reference), abs=0.03)
+    assert found.a12.low is not None
+    assert found.a12.value is not None
+    assert found.a12.low < found.a12.value
+
+
+def test_one_bad_run_separates_the_mean_from_a12() -> None:
+    found = compare_arms([3.0, 3.1, 3.2, 3.3, 3.0, 9.0], [3.4, 3.5, 3.6, 3.7, 3.5, 3.4])
+    assert found.difference.mean_difference > 0
+    assert found.difference.a12 < 0.2
+
+
+def test_one_run_on_a_side_is_compared_without_a_verdict() -> None:
+    found = compare_arms([0.1], [0.2, 0.3])
+    assert found.difference.reason == "one run on a side"
+    assert (found.p_brunner_munzel, found.p_permutation, found.bootstrap.low) == (None, None, None)
+
+
+# Pairs
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=2, max_size=8))
+def test_pairs_agree_with_scipy(pairs: list[tuple[int, int]]) -> None:
+    a, b = np.array(pairs, dtype=np.float64).T / 10
+    found = paired_difference(a, b, Draws(resamples=99))
+    gaps = a - b
+    assert found.mean_difference == pytest.approx(gaps.mean())
+    assert found.share_higher == pytest.approx(np.mean((gaps > 1e-9) + 0.5 * (abs(gaps) < 1e-9)))
+    if np.ptp(gaps) < 1e-9:
+        assert (found.p, found.low) == (None, None)
+        assert found.reason is not None
+        return
+    test = stats.ttest_rel(a, b)
+    interval = test.confidence_interval()
+    assert (found.t, found.p) == pytest.approx((test.statistic, test.pvalue))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    flips = np.array(list(itertools.product([-1, 1], repeat=len(gaps)))) @ gaps
+    above, below = np.mean(flips >= gaps.sum() - 1e-9), np.mean(flips <= gaps.sum() + 1e-9)
+    assert found.p_permutation == pytest.approx(min(1, 2 * min(above, below)))
+
+
+def test_pairs_remove_what_both_sides_share() -> None:
+    draw = np.random.default_rng(0)
+    seed = draw.standard_normal(8)
+    a, b = seed + 0.2 + 0.1 * draw.standard_normal(8), seed
+    apart, paired = difference(a, b), paired_difference(a, b)
+    assert apart.p is not None
+    assert paired.p is not None
+    assert paired.p < 0.01 < 0.3 < apart.p
+    assert paired.bootstrap.n_units == 8
+
+
+def test_wilcoxon_is_of_the_differences() -> None:
+    a, b = [3.1, 3.4, 2.9, 3.8, 3.3, 3.7], [3.0, 3.1, 3.1, 3.2, 2.8, 3.3]
+    assert paired_difference(a, b).p_wilcoxon == pytest.approx(stats.wilcoxon(a, b).pvalue, abs=0.02)
+
+
+def test_pairs_need_two_sides_of_one_length() -> None:
+    with pytest.raises(ValueError, match="as many runs on both sides"):
+        paired_difference([1, 2], [1])
+    assert paired_difference([1.0], [2.0]).reason == "one pair"
+    assert paired_difference([1.0, 2.0], [0.5, 1.5]).reason == "2 equal differences"
+
+
+# Equivalence
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples, samples, st.sampled_from([0.02, 0.2, 1.0]))
+def test_equivalence_is_two_one_sided_tests(a: list[float], b: list[float], margin: float) -> None:
+    found = equivalence(a, b, margin)
+    if found.p is None:
+        assert found.verdict == "undecided"
+        assert found.reason == "equal runs on each side"
+        return
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return  # scipy warns of the side without spread
+    above = stats.ttest_ind(np.array(a) + margin, b, equal_var=False, alternative="greater").pvalue
+    below = stats.ttest_ind(np.array(a) - margin, b, equal_var=False, alternative="less").pvalue
+    assert found.p == pytest.approx(max(above, below), abs=1e-9)
+    assert found.low is not None
+    assert found.high is not None
+    inside = -margin < found.low and found.high < margin
+    assert (found.verdict == "equivalent") == inside
+    assert (found.verdict == "different") == (found.low > margin or found.high < -margin)
+
+
+def test_no_difference_shown_is_not_equivalence() -> None:
+    few = equivalence([3.0, 3.4, 2.8], [3.1, 3.3, 2.9])
+    assert few.verdict == "undecided"
+    many = equivalence(with_spread(50, 3.0, 0.1), with_spread(50, 3.01, 0.1))
+    assert many.verdict == "equivalent"
+    assert equivalence(with_spread(50, 3.0, 0.1), with_spread(50, 4.0, 0.1)).verdict == "different"
+    with pytest.raises(ValueError, match="margin=0 must be positive"):
+        equivalence(A, B, margin=0)
+
+
+def test_equivalence_of_pairs() -> None:
+    a, b = np.array([3.0, 3.4, 2.8, 3.9]), np.array([3.01, 3.38, 2.8, 3.91])
+    assert equivalence(a, b).verdict == "undecided"
+    found = equivalence(a, b, paired=True)
+    assert found.verdict == "equivalent"
+    above = stats.ttest_rel(a + 0.1, b, alternative="greater").pvalue
+    below = stats.ttest_rel(a - 0.1, b, alternative="less").pvalue
+    assert found.p == pytest.approx(max(above, below))
+    assert equivalence([1.0], [1.0], paired=True).reason == "one pair"
+
+
+# Reproductions
+
+
+def test_a_reproduction_computed_by_hand() -> None:
+    # Mean 97.35, sd 0.129099, t(3) = 3.182446: the margin of a new run is 3.182446 x 0.129099 x sqrt(1.25).
+    found = reproduction(A, 97.43, published_sd=0.07, published_n=4)
+    assert found.difference == pytest.approx(-0.08)
+    assert found.high == pytest.approx(97.35 + 3.182446 * 0.129099 * math.sqrt(1.25), abs=1e-5)
+    assert found.inside is True
+    assert found.z == pytest.approx(-0.08 / (0.07 * math.sqrt(1 / 4 + 1 / 4)))
+    assert reproduction(A, 98).inside is False
+
+
+def test_a_prediction_interval_holds_a_new_run_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    hits = [reproduction(sample[:4], sample[4]).inside for sample in draw.standard_normal((2000, 5))]
+    assert np.mean(hits) == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 2000))
+
+
+def test_a_reproduction_of_one_run_has_no_interval() -> None:
+    found = reproduction([97.0], 97.4, 0.1, 10)
+    assert (found.inside, found.reason) == (None, "one run")
+    assert found.z == pytest.approx(-0.4 / (0.1 * math.sqrt(1.1)))
+    with pytest.raises(ValueError, match="give both or neither"):
+        reproduction(A, 97.4, 0.1)
+
+
+# Families
+
+
+def test_benjamini_hochberg_computed_by_hand() -> None:
+    assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert benjamini_hochberg([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.booleans())
+def test_benjamini_hochberg_is_its_step_up_procedure(p_values: list[float], dependent: bool) -> None:
+    n = len(p_values)
+    factor = n * (sum(1 / i for i in range(1, n + 1)) if dependent else 1)
+    ordered = sorted(p_values)
+    expected = [
+        min(1, min(factor * ordered[j] / (j + 1) for j in range(n) if ordered[j] >= p)) for p in p_values
+    ]
+    assert benjamini_hochberg(p_values, dependent) == pytest.approx(expected)
+
+
+def test_a_family_counts_only_tests_that_have_a_p_value() -> None:
+    found = family({"a": 0.01, "b": None, "c": 0.04}, "primary")
+    assert found.adjusted == (0.02, None, 0.04)
+    assert (found.n_tests, found.method) == (2, "Holm")
+    assert family({"a": 0.01, "b": 0.04}, "exploratory").adjusted == pytest.approx((0.02, 0.04))
+    assert family({"a": 0.01, "b": 0.04}, "dependent").method == "Benjamini-Yekutieli"
+    assert family({}, "primary").n_tests == 0

@@ -5,7 +5,20 @@ import sys
 
 import pytest
 
-MODULES = ("compare", "plots", "records", "summary")
+MODULES = (
+    "aggregate",
+    "anytime",
+    "compare",
+    "correlate",
+    "mixed",
+    "planning",
+    "plots",
+    "pruning",
+    "records",
+    "resample",
+    "selection",
+    "summary",
+)
 
 
 @pytest.mark.parametrize("unwanted", [("torch", "ray", "mlflow"), ("matplotlib.pyplot",)])

@@ -17,10 +17,12 @@ from PIL import Image
 
 from analysis import records
 from experiments import main as command
-from experiments import sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
+from experiments import packing, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
 from experiments.main import Job, Progress, main, parser, prepare
+from experiments.packing import Machine, Node
 from experiments.provenance import PACKAGES, provenance
 from experiments.study import SHORT, Joint, Planned, Resources, Settings, Study, plan, settable
+from nas.footprint import Footprint, Peak
 from nas.published import PUBLISHED
 
 GENOTYPE = str(PUBLISHED["PC_DARTS_cifar"])
@@ -584,6 +586,7 @@ class Stage:
     uris: list[str] = field(default_factory=list)
     tracked: list[dict[str, Any]] = field(default_factory=list)
     closed: list[tuple[Sequence[Path], str]] = field(default_factory=list)
+    machine: Machine = field(default_factory=lambda: Machine((Node(2, 0, 14 * 1024, 20 * 1024),)))
 
     def conclude(self, folder: Path) -> tuple[list[Path], str]:
         return [], f"claims of {len(list((folder / 'trials').glob('*.jsonl')))} trials"
@@ -660,6 +663,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(command, "conclude", stage.conclude)  # figures take seconds
     monkeypatch.setattr(tune, "connect", lambda resources: None)
     monkeypatch.setattr(tune, "check_resources", lambda resources: None)
+    monkeypatch.setattr(tune, "machine", lambda resources: stage.machine)
+    taken = Footprint((Peak(10.0, 2.0),), Peak(5.0, 1.0))  # counting takes a second a trial
+    monkeypatch.setattr(packing, "footprint", lambda trial, shape: taken)
     monkeypatch.setattr(tune, "run_planned", stage.run_planned)
     monkeypatch.setattr(tune, "run_joint", stage.run_joint)
     return stage
@@ -792,4 +798,23 @@ def test_a_cluster_that_is_not_there_is_told_before_anything_is_written(
     with pytest.raises(SystemExit, match="2"):
         main(sweep_k.STUDY, [*TINY, "--out", "study"])
     assert capsys.readouterr().err == f"error: {error}\n"
+    assert not list(Path().iterdir())
+
+
+def test_a_study_says_and_records_how_it_packs(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    main(sweep_k.STUDY, [*TINY, "--out", "study"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("packing: "))
+    assert line.startswith("packing: 2 trials at once, 1 thread each; a trial needs up to about 0.9 GB (K=1 ")
+    assert json.loads(Path("study/study.json").read_text())["packing"] == [line]
+
+
+def test_a_study_too_large_for_the_machine_is_refused_before_anything_is_written(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.machine = Machine((Node(2, 0, 4, 8),))
+    with pytest.raises(SystemExit, match="2"):
+        main(sweep_k.STUDY, [*TINY, "--out", "study"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: K=1 seed=0: its search holds ")
+    assert "batch_size" in error
     assert not list(Path().iterdir())

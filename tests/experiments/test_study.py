@@ -19,7 +19,6 @@ from experiments.study import (
     SEEDS,
     SHORT,
     Axis,
-    DataShape,
     Domain,
     Planned,
     Preset,
@@ -35,6 +34,7 @@ from experiments.study import (
     study_id,
 )
 from nas.config import paths
+from nas.footprint import DataShape
 from nas.metrics import saved_activation_bytes, uniform_gates
 from nas.papers import PAPERS, RECIPES
 from nas.schedule import Constant, Cosine, Exponential, LinearTail

@@ -30,6 +30,7 @@ from experiments import (
     tune,
 )
 from experiments.main import Recorder
+from experiments.packing import Machine, Node, Share
 from experiments.study import PRESETS, Domain, Joint, Planned, Resources, SchedulerName, Settings, Study, plan
 from experiments.tune import METRIC, TIME, Forward, Place, TrialActor, configuration, scheduler
 from nas.config import override, paths
@@ -76,6 +77,7 @@ def trials(study: str = "sweep_k") -> Mapping[str, Planned]:
     return {p.name: p for p in plan(studies[study], Settings("tiny", seeds=2, changes=changes))}
 
 
+ONE = Share(cpus=1, gpus=0, memory_mb=512)
 K4, K8, RANDOM = "K=4 seed=0", "K=8 seed=1", "random seed=0"
 
 
@@ -94,7 +96,7 @@ class Actor(TrialActor):
 
 def planned_config(p: Planned | str, **changes: Any) -> dict[str, Any]:
     p = trials()[p] if isinstance(p, str) else p
-    return {"planned": configuration(p, Resources()) | changes}
+    return {"planned": configuration(p, ONE) | changes}
 
 
 def actor(p: Planned | str, **changes: Any) -> Actor:
@@ -185,7 +187,7 @@ def test_rows_obey_the_contract() -> None:
     assert start.keys() == common | {"name", "arm", "axes", "config", "params", "host"}
     assert (start["name"], start["arm"], start["axes"]) == ("K=4 seed=0", "K=4", {"K": 4, "seed": 0})
     assert start["config"] == p.trial.to_dict()
-    assert start["host"].keys() == {"node", "device", "threads"}
+    assert start["host"].keys() == {"node", "device", "threads", "memory_mb"}
     for row in epochs:
         assert row.keys() == common | {"stage", "part", "epoch", "metrics", "genotype"}
         wanted = SEARCH_METRICS if row["stage"] == "search" else RETRAIN_METRICS
@@ -266,10 +268,11 @@ def test_the_size_of_a_network_is_an_objective_once_it_is_known() -> None:
 
 
 def test_a_configuration_is_plain_data() -> None:
-    config = configuration(trials()[K4], Resources(cpus_per_trial=2.5, gpus_per_trial=0.5), Path("somewhere"))
+    config = configuration(trials()[K4], Share(cpus=2.5, gpus=0.5, memory_mb=1024), Path("somewhere"))
     assert json.loads(json.dumps(config)) == config
     assert (config["threads"], config["gpus"], config["restore"]) == (2, 0.5, "somewhere")
-    assert configuration(trials()[K4], Resources(cpus_per_trial=0.5))["threads"] == 1
+    assert config["bundle"] == {"CPU": 2.5, "GPU": 0.5, "memory": 2**30}
+    assert configuration(trials()[K4], Share(cpus=0.5, gpus=0, memory_mb=1))["threads"] == 1
 
 
 # Stopping and resuming
@@ -731,7 +734,8 @@ def test_a_resumed_joint_search_draws_other_values(tmp_path: Path, monkeypatch: 
     recorder = SimpleNamespace(row=kept.append)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        place = Place(Resources(max_concurrent=2), arrays(), recorder, folder)
+        packing = SimpleNamespace(largest=lambda trials: ONE, slots=lambda trials: 2)
+        place = Place(packing, arrays(), recorder, folder)  # type: ignore[arg-type]
         for count in (2, 2):
             tune.run_joint(joint, count, ["error"], place)
     assert drawn[:4] == drawn[4:]  # the same study draws the same
@@ -879,14 +883,38 @@ def test_a_machine_that_is_too_small_is_told_of(
     tune.check_resources(Resources(gpus_per_trial=8))
 
 
-def test_slots_are_what_fits_at_once(machine: Callable[..., None]) -> None:
-    machine(CPU=8.0, GPU=2.0)
-    assert tune.slots(Resources()) == 8
-    assert tune.slots(Resources(cpus_per_trial=3)) == 2
-    assert tune.slots(Resources(gpus_per_trial=0.5)) == 4
-    assert tune.slots(Resources(max_concurrent=3)) == 3
-    assert tune.slots(Resources(cpus_per_trial=16)) == 1
-    assert tune.slots(Resources(address="head:6379", cpus_per_trial=4)) == 8  # a cluster may grow
+def test_a_machine_is_what_ray_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    alive = {"CPU": 4.0, "memory": 14.0 * gib, "object_store_memory": 6.0 * gib}
+    nodes = [{"Alive": True, "Resources": alive}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    found = tune.machine(Resources())
+    assert found == Machine((Node(cpus=4, gpus=0, memory_mb=14 * 1024, free_mb=20 * 1024),))
+    assert tune.machine(Resources(address="head:6379")).grows
+
+
+def test_corners_are_all_listed_values_together() -> None:
+    named = {"depths": {"3": {"search.*.cells": 3}, "4": {"search.*.cells": 4}}}
+    domains = {"K": Domain((1, 4)), "depths": Domain(("3", "4")), "lr": Domain(low=0.01, high=0.1)}
+    found = tune.corners(Joint(Planned("searched", "searched", {}, trials()[K4].trial), domains, named))
+    corners = [(p.trial.method.supernet.partial_channels, p.trial.search[0].cells) for p in found]
+    assert corners == [(1, 3), (1, 4), (4, 3), (4, 4)]
+    assert found[0].name == "searched K=1 depths=3 lr=0.01"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_freed_memory_goes_back_even_from_below_what_is_in_use() -> None:
+    def resident_mb() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 2**10
+
+    small = [torch.zeros(16 * 1024) for _ in range(4096)]  # 256 MB of the heap, not of mappings
+    kept = small[::64]
+    del small
+    before = resident_mb()
+    tune.return_freed_memory()
+    assert resident_mb() < before - 200
+    assert len(kept) == 64
 
 
 def test_trials_that_split_the_same_images_share_them() -> None:
@@ -899,5 +927,6 @@ def test_trials_that_split_the_same_images_share_them() -> None:
         ("test_limit", 50),
         ("image_size", 16),
         ("test", 0.5),
+        ("stream", True),
     ):
         assert tune.data_key(override(trial, {f"data.{name}": value})) != tune.data_key(trial)

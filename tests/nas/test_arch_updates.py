@@ -17,7 +17,7 @@ from nas.samplers import Gumbel, Progress, Sampler, Softmax, init_arch
 from nas.schedule import Constant
 from nas.search import weight_step
 from nas.spaces.cell import CellSpace
-from nas.state import Batch, SearchState
+from nas.state import Batch, SearchState, without_statistics
 from nas.streams import generator, seeded
 from nas.supernets.cell import CellSupernetConfig
 from tests.golden import Tensors, assert_close
@@ -181,7 +181,7 @@ def test_exact_product_is_the_derivative_of_the_unrolled_loss(setting: Setting) 
         for (name, weight), gradient in zip(weights.items(), slope, strict=True)
     }
     images, labels = VALID
-    with state.supernet.without_statistics():
+    with without_statistics(state.supernet):
         unrolled = F.cross_entropy(functional_call(state.supernet, ahead, (images, gates)), labels)
     expected = torch.autograd.grad(unrolled, state.arch.parameters())
     assert_close(ours, dict(zip(state.arch.logits, expected, strict=True)), 1e-10)

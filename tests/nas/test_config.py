@@ -240,7 +240,8 @@ def changes_of(value: Any, path: str) -> Iterator[Any]:
     elif isinstance(value, list):
         yield from (value[::-1], [0.25] * len(value), [{}])
     elif isinstance(value, str):
-        yield from ("imagenet", "cifar", "alpha", "first", "last", "shift", "current", "exact", value + "2")
+        yield from ("imagenet", "cifar", "alpha", "first", "last", "shift", "current", "exact")
+        yield from ("default", "bf16", value + "2")
     else:
         ops = ("skip_connect", "sep_conv_3x3")
         yield from (2, 0.5, "x", (0.1, 0.1, 0.1, 0.1), (ops,) * 14)
@@ -264,7 +265,7 @@ def test_every_field_but_the_place_of_downloads_changes_the_id(name: str) -> Non
     neither = {"search.*.augment": Augment(), "retrain.augment": Augment()}
     trial = override(PAPERS[name], neither)
     changed = {path: other(trial, path, value) for path, value in paths(trial).items()}
-    for path in ("data.root", "data.download"):
+    for path in ("data.root", "data.download", "data.workers"):
         assert changed.pop(path).id == trial.id
     assert len({each.id for each in changed.values()}) == len(set(changed.values()))
     assert trial.id not in {each.id for each in changed.values()}

@@ -35,6 +35,7 @@ from nas.data import (
     resized_crop,
     stratified,
 )
+from nas.files import boxes
 from nas.streams import generator
 
 CPU = torch.device("cpu")
@@ -363,20 +364,21 @@ def test_switching_one_augmentation_leaves_the_draws_of_the_others() -> None:
 
 def test_resized_crop_boxes_follow_torchvision() -> None:
     size, count = 64, 4000
-    boxes = draw(Augment(resized_crop=True), count, size, generator(0))["box"]
+    uniform = draw(Augment(resized_crop=True), count, size, generator(0))["crop"]
+    found = torch.from_numpy(boxes(uniform.numpy(), size, size))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         image = torch.zeros(3, size, size)
         params = torchvision.transforms.RandomResizedCrop.get_params
         theirs = torch.tensor([params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(count)])
     for column in range(4):
-        assert stats.ks_2samp(boxes[:, column], theirs[:, column]).pvalue > 1e-4
-    assert stats.ks_2samp(boxes[:, 2] / boxes[:, 3], theirs[:, 2] / theirs[:, 3]).pvalue > 1e-4
-    area = boxes[:, 2] * boxes[:, 3] / size**2
+        assert stats.ks_2samp(found[:, column], theirs[:, column]).pvalue > 1e-4
+    assert stats.ks_2samp(found[:, 2] / found[:, 3], theirs[:, 2] / theirs[:, 3]).pvalue > 1e-4
+    area = found[:, 2] * found[:, 3] / size**2
     assert 0.07 < area.min() < 0.085  # 0.08, its sides rounded
     assert area.max() > 0.98
-    assert torch.all(boxes[:, :2] >= 0)
-    assert torch.all(boxes[:, :2] + boxes[:, 2:] <= size)
+    assert torch.all(found[:, :2] >= 0)
+    assert torch.all(found[:, :2] + found[:, 2:] <= size)
 
 
 def test_resized_crop_samples_its_box_bilinearly() -> None:
@@ -884,6 +886,22 @@ def test_images_of_several_sizes_name_a_file_and_the_way_out(tmp_path: Path) -> 
     (tmp_path / "bee" / "large.png").write_bytes(encoded(pictures(1, shape=(12, 10))[0]))
     with pytest.raises(ValueError, match=r"large\.png is 12x10, the first 8x8.*set image_size"):
         load(DataConfig(str(tmp_path), test=0.3))
+
+
+def test_images_that_cannot_fit_in_memory_name_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path, pictures(20))
+    size = 3 * SIZE * SIZE
+    for room, fits in ((16 * size, True), (16 * size - 1, False)):  # 16 of 20 images are trained on
+        pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": room}
+        with monkeypatch.context() as patch:
+            patch.setattr("nas.sources.os.sysconf", pages.__getitem__)
+            if fits:
+                load(DataConfig(str(tmp_path)))
+            else:
+                with pytest.raises(ValueError, match=r"16 images of 8x8 take .* GB.*set stream=True"):
+                    load(DataConfig(str(tmp_path)))
 
 
 def test_images_must_be_square_and_alike_in_both_parts(tmp_path: Path) -> None:

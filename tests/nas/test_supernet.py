@@ -18,10 +18,11 @@ from nas.gates import Gate, Gates, leaves, one_hot
 from nas.methods import METHODS
 from nas.metrics import supernet_quality
 from nas.network import Network, Stem
+from nas.ops import ReLUFirst
 from nas.samplers import Gumbel, Progress, Softmax, init_arch
 from nas.schedule import Constant
 from nas.spaces.cell import CELL_TYPES, DARTS_OPS, SPACES, CellSpace
-from nas.state import SearchState
+from nas.state import SearchState, without_statistics
 from nas.streams import generator, seeded
 from nas.supernets.cell import (
     FOLD_MAX_CHANNELS,
@@ -539,7 +540,7 @@ def single_node_cell(
         config, space, allowed, (channels, channels), channels, reduction=False, after_reduction=False
     )
     for name in ("in0", "in1"):
-        cell.add_module(name, nn.Identity())
+        cell.add_module(name, ReLUFirst())  # without layers, and the cell expects rectified inputs
     return cell
 
 
@@ -548,9 +549,11 @@ def single_node_gates(cell: SupernetCell, op: int, edges: tuple[float, float]) -
     weights = torch.zeros(2, 2)
     weights[:, op] = torch.tensor(edges)
     beta, active = torch.tensor(edges)[:, None], ((op,), (op,))
-    if len(cell.fans) == 1:
-        return CellGates([weights], [active], [beta])
-    return CellGates([weights[:1], weights[1:]], [active[:1], active[1:]], [beta[:1], beta[1:]])
+    fans = [fan for fan in cell.fans if isinstance(fan, FanOut)]
+    if len(fans) == 1:
+        return CellGates([weights], [fans[0].plan(active, weights.device)], [beta])
+    plans = [fan.plan(active[:1], weights.device) for fan in fans]
+    return CellGates([weights[:1], weights[1:]], plans, [beta[:1], beta[1:]])
 
 
 @pytest.mark.parametrize(
@@ -655,7 +658,7 @@ def test_quality_of_a_supernet_draws_nothing_from_the_global_stream(case: Case) 
 def test_a_forward_without_statistics_differs_in_these_alone(case: Case) -> None:
     supernet = case.supernet()
     before = {name: buffer.clone() for name, buffer in supernet.named_buffers()}
-    with supernet.without_statistics():
+    with without_statistics(supernet):
         left_alone = supernet(case.images(), case.make_gates())
     assert all(torch.equal(buffer, before[name]) for name, buffer in supernet.named_buffers())
     supernet.noise = replace(supernet.noise, generator=generator(case.seed, "noise"))
@@ -671,7 +674,7 @@ def test_skip_dropout_keeps_the_expectation(p: float) -> None:
     fan = FanOut((2,), (3,), space, ((0,),) * 5, channels=10, stride=1)
     noise = Noise(generator(0, "noise"), skip_dropout=p)
     x, gate = torch.ones(100, 10, 10, 10), torch.ones(1, 1)
-    out = fan(x, gate, ((0,),), None, noise)
+    out = fan(x, gate, fan.plan(((0,),), x.device), None, noise)
     kept = out > 0
     assert torch.allclose(out[kept], torch.tensor(1 / (1 - p)))
     # A mean over n draws of variance p / (1 - p); five standard errors.
@@ -679,7 +682,7 @@ def test_skip_dropout_keeps_the_expectation(p: float) -> None:
     # Single elements are dropped, not whole channels or samples.
     assert 0 < kept[0, 0].double().mean() < 1
     fan.eval()
-    assert torch.equal(fan(x, gate, ((0,),), None, noise)[:, 0], x)
+    assert torch.equal(fan(x, gate, fan.plan(((0,),), x.device), None, noise), x)
 
 
 def test_skip_dropout_leaves_all_but_identities_alone() -> None:
