@@ -16,7 +16,9 @@ from nas.trial import Trial
 
 _CIFAR10 = DataConfig(source="cifar10", valid=0.0, shuffle=False)
 _CIFAR100 = replace(_CIFAR10, source="cifar100")
-_IMAGENET = DataConfig(source="imagenet", valid=0.0, search_share=0.125, weights_share=0.8, image_size=224)
+_IMAGENET = DataConfig(
+    source="imagenet", valid=0.0, search_share=0.125, weights_share=0.8, image_size=224, stream=True
+)
 _IMAGENET_CROP = Augment(flip=True, resized_crop=True)
 
 _DARTS_RETRAIN = RetrainStage()
