@@ -1,7 +1,9 @@
 """The environment of every test run: one thread, no network services, no cluster but the test's own."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # Set before anything imports torch, ray or mlflow, which read these once; Ray's workers inherit them.
@@ -21,3 +23,14 @@ for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
 # A shared machine is slow now and then, which is no failure. The rest stays hypothesis's own, here or in CI.
 settings.register_profile("house", settings(deadline=None))
 settings.load_profile("house")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Tensors are made in double precision, where two correct implementations agree to many digits."""
+    import torch  # after the environment above
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

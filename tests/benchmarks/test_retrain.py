@@ -1,7 +1,5 @@
 """The forms that the retraining benchmark times compute one and the same step."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -10,14 +8,7 @@ from benchmarks.retrain import OURS, forms, made_up, main, new_run
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("double")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("genotype", ["PC_DARTS_cifar", "DARTS_V2", "GDAS_F1", "AmoebaNet"])
 def test_all_forms_take_the_same_steps(genotype: str) -> None:
     run = new_run(genotype, cells=4, channels=4, batch=4, device=CPU)

@@ -1,7 +1,6 @@
 """Bilevel updates: first and second order, and what an architecture step may change."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,16 +21,10 @@ from nas.streams import generator, seeded
 from nas.supernets.cell import CellSupernetConfig
 from tests.golden import Tensors, assert_close
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CLASSES = 4
 HARD = Gumbel(hard=True, tau=Constant(1.0))
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ is shown here, on the paper's network in double precision, is that both compute 
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -30,18 +29,12 @@ from nas.streams import generator, seeded
 from nas.supernets.cell import CellSupernet, CellSupernetConfig
 from nas.supernets.edge_form import edge_tensors
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CELLS, CHANNELS, CLASSES = 8, 16, 10
 STEPS = 2
 AFTER = 1e-5
 """Rounding after two iterations: finite differences and Adam's first steps divide by little."""
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)

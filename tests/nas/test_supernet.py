@@ -38,17 +38,11 @@ from nas.supernets.edge_form import edge_tensors
 from tests.golden import Tensors, assert_close, copy_into, network_tensors
 from tests.reference.cell_supernet import EdgeWeights, PlainSupernet
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 # Rounding is far below this but where batch norm divides by hardly any variance, on maps of one pixel.
 TOLERANCE = 1e-8
 CLASSES = 5
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
