@@ -75,7 +75,7 @@ def _state(
         lr=0.025,
         momentum=0.9,
         weight_decay=3e-4,
-        fused=isinstance(supernet, CellSupernet),
+        fused=True,
     )
     return SearchState(
         supernet=supernet,  # type: ignore[arg-type]  # the plain form answers to all that a step asks
@@ -166,7 +166,7 @@ def _row(candidates: Forms, rounds: int, device: torch.device, peak: Roofline) -
 def folds(rounds: int, device: torch.device, batch: int) -> str:
     """Table of a separable convolution as one dense kernel against its two, for widths of an operation.
 
-    What `nas.supernets.cell.FOLD_MAX_CHANNELS` should be on this device.
+    What `nas.supernets.stacked.FOLD_MAX_CHANNELS` should be on this device.
     """
     rows = []
     for channels, side in ((4, 32), (8, 16), (16, 32), (16, 8), (32, 16), (64, 8)):

@@ -15,7 +15,7 @@ from benchmarks.plain import PlainSupernet
 from benchmarks.retrain import draw_each, plain_cell
 from nas.data import Data, load
 from nas.metrics import Average
-from nas.network import NetworkCell, retrain_loss
+from nas.network import NetworkCell, Stem, retrain_loss
 from nas.papers import PAPERS, laptop, on_digits, tiny
 from nas.retrain import RetrainRun
 from nas.spaces.cell import CellSpace
@@ -38,9 +38,12 @@ class PlainSupernetConfig(CellSupernetConfig):
         channels: int,
         classes: int,
         channels_in: int = 3,
-        **rest: object,
+        stem: Stem = "cifar",
+        checkpoint_cells: bool = False,
     ) -> PlainSupernet:
         """The plain form of what `CellSupernetConfig.build` makes."""
+        assert stem == "cifar"
+        assert not checkpoint_cells
         like = super().build(
             space, choices, cells=cells, channels=channels, classes=classes, channels_in=channels_in
         )
@@ -61,6 +64,7 @@ class PlainRetrainRun(RetrainRun):
         images, labels = batch
         self.optimizer.zero_grad()
         network = self.network
+        assert network.auxiliary is None
         s0 = s1 = network.stem0(images)
         for cell in network.cells:
             assert isinstance(cell, NetworkCell)
@@ -118,7 +122,7 @@ def measure(trials: dict[str, Trial], rounds: int, device: torch.device) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and print its table."""
-    found = parser(__doc__, rounds=1)
+    found = parser(__doc__, rounds=3)
     found.set_defaults(threads=1)
     found.add_argument("--K", type=int, nargs="+", default=[1, 2, 4, 8], help="partial channels")
     found.add_argument("--preset", choices=("laptop", "tiny"), default="laptop", help="size of the trials")

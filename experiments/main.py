@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from analysis import plots, records, summary
@@ -221,8 +222,10 @@ def run(job: Job) -> None:
     try:
         tune.connect(job.resources)
         tune.check_resources(job.resources)
-        packing = Packing(job.resources, tune.machine(job.resources), job.shape)
+        packing = Packing(job.resources, tune.machine(job.resources), job.shape, _images_mb(job.arrays))
         possible = [*todo, *(tune.corners(_joint(job)) if remaining > 0 else [])]
+        if remaining > 0:
+            print(f"counting the memory of {len(possible)} configurations, which takes a second or more each")
         said = packing.describe(possible, len(todo) + max(0, remaining)) if possible else []
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -247,6 +250,12 @@ def run(job: Job) -> None:
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
     if any(row["status"] == "failed" for row in _last_ends(folder).values()):
         raise SystemExit(1)
+
+
+def _images_mb(arrays: Arrays) -> float:
+    """Size of the images in memory; those that are streamed take none."""
+    held = (arrays.train_images, arrays.test_images)
+    return sum(images.nbytes for images in held if isinstance(images, np.ndarray)) / 2**20
 
 
 def _joint(job: Job) -> Joint:

@@ -94,6 +94,8 @@ class Packing:
     resources: Resources
     machine: Machine
     shape: DataShape
+    data_mb: float = 0.0
+    """Size of the images and labels that a trial holds."""
 
     def share(self, trial: Trial) -> Share:
         """What `trial` is given."""
@@ -123,8 +125,12 @@ class Packing:
             return 0.0
         if self.machine.gpu_memory_mb is None:
             return 1.0
-        fitting = int(GPU_SHARE * self.machine.gpu_memory_mb / (found.tensors_mb + GPU_PROCESS_MB))
+        fitting = int(GPU_SHARE * self.machine.gpu_memory_mb / self._on_gpu(found))
         return 1 / min(TRIALS_PER_GPU, max(1, fitting))
+
+    def _on_gpu(self, found: Footprint) -> float:
+        # Every process has its own copy of the data there; on CPUs all read one.
+        return found.tensors_mb + self.data_mb + GPU_PROCESS_MB
 
     def at_once(self, trials: Sequence[Trial], count: int) -> tuple[int, int]:
         """How many of `count` trials like `trials` run at once: fewest and most."""
@@ -161,7 +167,7 @@ class Packing:
     def _needs_mb(self, trial: Trial) -> float:
         """Memory that decides how many run at once: of the GPU if there is one."""
         found = footprint(trial, self.shape)
-        return found.tensors_mb + GPU_PROCESS_MB if self.share(trial).gpus else found.process_mb
+        return self._on_gpu(found) if self.share(trial).gpus else found.process_mb
 
     def _room_mb(self, share: Share) -> float | None:
         if share.gpus:
@@ -178,14 +184,15 @@ class Packing:
         node = self.machine.largest(share.gpus)
         free = room if share.gpus or node is None else node.free_mb
         owner = share.gpu_text if share.gpus else self.machine.name
+        in_search = "lower search.*.batch_size, raise K, or set search.*.checkpoint_cells=True"
         way_out = (
-            "lower search.*.batch_size or retrain.batch_size, raise K, or set retrain.checkpoint_cells=True "
-            "or retrain.accumulate=2 (see --set)"
+            f"{in_search}; in retraining, lower retrain.batch_size, or set retrain.checkpoint_cells=True or "
+            "retrain.accumulate=2 (see --set)"
         )
         if certain > free and not self.machine.grows:
             raise ValueError(
                 f"{largest.name}: its search holds {_gb(certain)} of tensors at once, and "
-                f"{owner} has {_gb(free)}; {way_out}"
+                f"{owner} has {_gb(free)}; {in_search} (see --set)"
             )
         return [
             f"warning: {largest.name} may need {_gb(needed)}, more than the {_gb(room)} there are; "

@@ -48,7 +48,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.optuna import OptunaSearch
 
-from experiments.packing import Machine, Node, Packing, Share
+from experiments.packing import GPU_SHARE, Machine, Node, Packing, Share
 from experiments.study import SHORT, Joint, Planned, Resources, SchedulerName
 from nas.config import override
 from nas.data import Arrays, Data
@@ -112,14 +112,16 @@ def check_resources(resources: Resources) -> None:
 def machine(resources: Resources) -> Machine:
     """What Ray has for trials now. The memory of a GPU is known if it is one of this machine."""
     nodes = []
+    grows = bool(resources.address or os.environ.get("RAY_ADDRESS"))
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["Alive"]:
             have = node["Resources"]
             memory, shared = (have.get(name, 0) / 2**20 for name in ("memory", "object_store_memory"))
-            nodes.append(Node(have.get("CPU", 0), have.get("GPU", 0), memory, memory + shared))
-    grows = bool(resources.address or os.environ.get("RAY_ADDRESS"))
+            # A GPU that PyTorch cannot use here is none; a cluster's nodes are not asked.
+            gpus = have.get("GPU", 0) if grows or torch.cuda.is_available() else 0
+            nodes.append(Node(have.get("CPU", 0), gpus, memory, memory + shared))
     gpu_memory = None
-    if any(node.gpus for node in nodes) and not grows and torch.cuda.is_available():
+    if any(node.gpus for node in nodes) and not grows:
         devices = range(torch.cuda.device_count())
         gpu_memory = min(torch.cuda.get_device_properties(each).total_memory for each in devices) / 2**20
     return Machine(tuple(nodes), gpu_memory, grows)
@@ -157,7 +159,7 @@ class TrialActor(tune.Trainable):
         self.device = torch.device("cuda" if on_gpu else "cpu")
         if on_gpu and base["gpus"] < 1:
             # Then a trial that outgrows its share ends itself, not its neighbours.
-            torch.cuda.set_per_process_memory_fraction(base["gpus"])
+            torch.cuda.set_per_process_memory_fraction(GPU_SHARE * base["gpus"])
         try:
             trial = self.planned.trial
             data = Data(self.arrays[base["data_key"]], trial.data, trial.seeds.split, self.device)

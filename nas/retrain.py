@@ -113,7 +113,7 @@ class RetrainRun:
                 auxiliary_norm=stage.auxiliary_norm,
                 checkpoint_cells=stage.checkpoint_cells,
             )
-        # Channels last: depthwise convolutions are faster so.
+        # Channels last: measured on a CPU, where nearly all of the gain over the public code is this.
         self.network = network.to(device).to(memory_format=torch.channels_last)
         compile_cells(self.network.cells, stage.compile)
         self.optimizer = torch.optim.SGD(
@@ -125,6 +125,10 @@ class RetrainRun:
             fused=True,  # and so the scaler can skip a step without asking the device first
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=stage.amp == "fp16")
+        if self.scaler.is_enabled():
+            # A fused first step that the scaler skips would leave the momentum it made without values.
+            for parameter in self.network.parameters():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @property
     def done(self) -> bool:
@@ -188,16 +192,18 @@ class RetrainRun:
         for images, labels in micro_batches(batch, stage.batch_size // stage.accumulate):
             share = len(images) / len(batch[0])
             odd = len(images) * stage.accumulate != stage.batch_size
-            with self._autocast(), uncompiled(stage.compile) if odd else nullcontext():
-                logits, auxiliary = self.network(images.to(memory_format=torch.channels_last))
-                loss = retrain_loss(
-                    logits,
-                    auxiliary,
-                    labels,
-                    auxiliary_weight=stage.auxiliary_weight,
-                    smoothing=stage.label_smoothing,
-                )
-            torch.autograd.backward(self.scaler.scale(loss * share))
+            # The backward pass belongs inside: it runs checkpointed cells again.
+            with uncompiled(stage.compile) if odd else nullcontext():
+                with self._autocast():
+                    logits, auxiliary = self.network(images.to(memory_format=torch.channels_last))
+                    loss = retrain_loss(
+                        logits,
+                        auxiliary,
+                        labels,
+                        auxiliary_weight=stage.auxiliary_weight,
+                        smoothing=stage.label_smoothing,
+                    )
+                torch.autograd.backward(self.scaler.scale(loss * share))
             average.add(loss, logits, labels)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), stage.clip)

@@ -28,7 +28,7 @@ from nas.metrics import (
     supernet_quality,
 )
 from nas.network import Stem
-from nas.samplers import Progress, init_arch
+from nas.samplers import Gumbel, Progress, init_arch
 from nas.schedule import Constant, Cosine, Schedule, check_probability
 from nas.searchers import RandomGenotype, keep_likeliest
 from nas.spaces.cell import CellSpace
@@ -64,7 +64,9 @@ class SearchStage:
     augment: Augment = field(default_factory=lambda: Augment(pad=4, flip=True))
     stem: Stem = "cifar"
     compile: Compile = "off"
-    """Whether the cells are compiled, for full training batches; everything else runs as written."""
+    """Whether the cells are compiled, for full training batches; everything else runs as written.
+
+    Draws inside a cell (drop-path, dropout after skips) interrupt what is compiled."""
     checkpoint_cells: bool = False
     """Whether the backward pass computes cells again instead of keeping their activations.
 
@@ -367,7 +369,8 @@ def check_search(space: CellSpace, method: Method, stages: tuple[SearchStage, ..
 
     Raises:
         ValueError: no stages for a searcher that reads a supernet, a width that K does not divide, an
-            operation without a batched form, or a stage that may leave an edge with `none` alone.
+            operation without a batched form, a compiled stage whose steps cannot be replayed, or a stage that
+            may leave an edge with `none` alone.
     """
     needs_search = not isinstance(method.searcher, RandomGenotype)
     if needs_search and not stages:
@@ -376,5 +379,14 @@ def check_search(space: CellSpace, method: Method, stages: tuple[SearchStage, ..
         )
     for stage in stages:
         method.supernet.check(space, stage.channels)
+        if stage.compile != "off" and isinstance(method.sampler, Gumbel) and method.sampler.hard:
+            raise ValueError(
+                f"compile={stage.compile!r} would compile anew for each draw of hard gates; use compile='off'"
+            )
+        if stage.compile == "reduce-overhead" and method.arch_update.order == 2:
+            raise ValueError(
+                "compile='reduce-overhead' overwrites what order 2 still needs of its first pass; "
+                "use compile='default'"
+            )
     if "none" in space.ops and any(stage.keep == 1 for stage in stages[:-1]):
         raise ValueError("keep=1 may leave an edge with none alone, which no cell can hold; keep at least 2")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nas.gates import Gates
 from nas.samplers import Arch, Progress, Sampler
-from nas.supernets.cell import CellSupernet, StackedBatchNorm
+from nas.supernets.cell import CellSupernet
+from nas.supernets.stacked import StackedBatchNorm
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, H, W) and labels (B,)."""
@@ -73,7 +74,8 @@ def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[No
 @contextmanager
 def without_statistics(module: nn.Module) -> Iterator[None]:
     """Context in which training-mode forwards of `module` leave running statistics of batch norm alone."""
-    norms = [part for part in module.modules() if isinstance(part, StackedBatchNorm | nn.BatchNorm2d)]
+    kinds = (StackedBatchNorm, nn.BatchNorm2d)
+    norms = [m for m in module.modules() if isinstance(m, kinds) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:

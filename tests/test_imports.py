@@ -50,6 +50,7 @@ ORDER = (
     ("nas.costs",),
     ("nas.draw",),
     ("nas.network",),
+    ("nas.supernets.stacked",),
     ("nas.supernets.cell",),
     ("nas.supernets.edge_form",),
     ("nas.supernets",),

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from nas.ops import FactorizedReduce
-from nas.supernets.cell import CellSupernet, FanOut, StackedReduce, StackedSeparable, SupernetCell
+from nas.supernets.cell import CellSupernet, FanOut, SupernetCell
+from nas.supernets.stacked import StackedReduce, StackedSeparable
 
 Read = Callable[[Tensor], Tensor | None]
 

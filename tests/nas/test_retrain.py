@@ -3,7 +3,7 @@
 import io
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -297,8 +297,15 @@ def test_fp16_leaves_out_a_step_that_overflows_and_resumes_its_scale() -> None:
     run._train_step(batches[0], Average())
     assert_same(before, {n: p.detach() for n, p in run.network.named_parameters()})
     assert run.scaler.get_scale() == 2.0**15
+    for held in run.optimizer.state.values():
+        assert not held["momentum_buffer"].any()
     run._train_step(batches[1], Average())
     assert not torch.equal(before["head.weight"], run.network.head.weight)
+    # No step is longer than the learning rate times the clipped gradient and the decayed weight.
+    lr = run.optimizer.param_groups[0]["lr"]
+    for name, parameter in run.network.named_parameters():
+        moved = float((parameter.detach() - before[name]).norm())
+        assert moved <= lr * (run.stage.clip + float(before[name].norm()))
 
     other = new_run(PUBLISHED["DARTS_V2"], amp="fp16")
     other.load_state_dict(run.state_dict())
@@ -335,3 +342,24 @@ def test_compiled_cells_train_alike_and_leave_the_tree_alone() -> None:
     assert second["valid_loss"] == pytest.approx(first["valid_loss"], rel=1e-3)
     assert run.network.state_dict().keys() == written.network.state_dict().keys()
     pickle.dumps(run.state_dict())
+
+
+# PyTorch's tracer looks at the gradients of whatever comes in.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_smaller_batch_runs_checkpointed_cells_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled and checkpointed: what the backward pass runs again is what the forward pass ran."""
+
+    def compile_quickly(cells: Iterable[nn.Module], setting: str) -> None:
+        for cell in cells:
+            cell.compile(backend="aot_eager", dynamic=False)
+
+    changes = {"checkpoint_cells": True, "batch_size": 8}
+    plain = new_run(PUBLISHED["DARTS_V2"], **changes)
+    monkeypatch.setattr(nas.retrain, "compile_cells", compile_quickly)
+    compiled = new_run(PUBLISHED["DARTS_V2"], **changes, compile="default")
+    for run in (plain, compiled):
+        images, labels = next(run._train_batches())
+        run._train_step((images, labels), Average())
+        run._train_step((images[:4], labels[:4]), Average())
+    for one, other in zip(plain.network.parameters(), compiled.network.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

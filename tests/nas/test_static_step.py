@@ -109,6 +109,64 @@ def test_hard_gates_are_chosen_by_one_read_of_the_host(trial: Trial, monkeypatch
         state.supernet(BATCH[0], gates).sum().backward()
 
 
+@pytest.mark.parametrize("name", ["pc_darts", "gdas"])
+def test_a_step_makes_no_tensor_of_host_values_but_one_for_a_fan_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each such tensor is a copy, for which the host waits unless it is pinned."""
+    state, update = state_of(small(name))
+    made = []
+    tensor = torch.tensor
+
+    def counted(*arguments: Any, **settings: Any) -> Tensor:
+        made.append(settings)
+        return tensor(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    update.step(state, BATCH, BATCH)
+    weight_step(state, BATCH, clip=5.0)
+    # Soft gates: always the same operations, so their index tensors are there. Hard ones: two draws, for two
+    # types of cells of four fan-outs; on the host, then copied without waiting.
+    assert len(made) <= (0 if name == "pc_darts" else 2 * 2 * 4)
+    assert not any("device" in settings for settings in made)
+
+
+@pytest.mark.parametrize("mix", ["shuffle", "mask"])
+@pytest.mark.parametrize(
+    "update", [Bilevel(), Bilevel(order=2), Bilevel(order=2, hessian="exact")], ids=["1", "2", "exact"]
+)
+@pytest.mark.parametrize("name", ["pc_darts", "gdas"])
+def test_checkpointed_cells_change_nothing(name: str, update: Bilevel, mix: str) -> None:
+    ends = []
+    for checkpointed in (False, True):
+        trial = small(name)
+        supernet = replace(trial.method.supernet, channel_mix=mix, partial_channels=2)
+        noisy = {"drop_path": Constant(0.2), "skip_dropout": Constant(0.3)}
+        stage = replace(trial.search[0], checkpoint_cells=checkpointed, frozen_epochs=0, epochs=1, **noisy)
+        method = replace(trial.method, supernet=supernet, arch_update=update)
+        data = Data(load(DataConfig(limit=60)), DataConfig(limit=60), 0, torch.device("cpu"))
+        run = SearchRun(trial.space, method, (stage, stage), data, 0, torch.device("cpu"), no_price)
+        assert run.state is not None
+        state = run.state
+        run._train_epoch(state, stage)
+        ends.append([*state.supernet.state_dict().values(), *state.arch.parameters()])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gdas", {"search.0.compile": "default"}, "would compile anew for each draw"),
+        ("darts_2nd", {"search.0.compile": "reduce-overhead"}, "order 2"),
+        ("pc_darts", {"search.0.compile": "fast"}, "must be one of 'off'"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(small(name), changes)
+
+
 def test_steps_of_equal_shape_run_the_same_operations() -> None:
     """What a captured graph would replay is what a step would do."""
     state, update = state_of(small("pc_darts"))

@@ -25,16 +25,15 @@ from nas.spaces.cell import CELL_TYPES, DARTS_OPS, SPACES, CellSpace
 from nas.state import SearchState, without_statistics
 from nas.streams import generator, seeded
 from nas.supernets.cell import (
-    FOLD_MAX_CHANNELS,
     CellGates,
     CellSupernet,
     CellSupernetConfig,
     FanOut,
     Noise,
-    StackedBatchNorm,
     SupernetCell,
 )
 from nas.supernets.edge_form import edge_tensors
+from nas.supernets.stacked import FOLD_MAX_CHANNELS, StackedBatchNorm
 from tests.golden import Tensors, assert_close, copy_into, network_tensors
 from tests.reference.cell_supernet import EdgeWeights, PlainSupernet
 
