@@ -8,6 +8,7 @@ at any other.
 import gc
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -109,6 +110,7 @@ def _timeless(stage: Any) -> Any:
 
     changes: dict[str, Any] = {"drop_path": highest(stage.drop_path), "lr": Constant(0.01), "epochs": 9}
     changes["compile"] = "off"  # it takes minutes and keeps no more
+    changes["weight_decay"] = 0.0
     if isinstance(stage, SearchStage):
         changes |= {"skip_dropout": highest(stage.skip_dropout), "frozen_epochs": 0, "keep": None}
     else:
@@ -153,7 +155,8 @@ def _retrain_peak(genotype: Genotype, stage: RetrainStage, shape: DataShape) -> 
 
     def train(count: int) -> None:
         run.data, run.stage = _data(shape, count), replace(stage, batch_size=count)
-        run.step()
+        with suppress(FloatingPointError):  # it is noise that is learned; what counts is what it takes
+            run.step()
         run.optimizer.zero_grad()
 
     def evaluate(count: int) -> None:

@@ -262,7 +262,9 @@ def other(trial: Trial, path: str, value: Any) -> Trial:
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_field_but_the_place_of_downloads_changes_the_id(name: str) -> None:
     # Of the two crops at most one can be on; with neither, both can be switched.
-    neither = {"search.*.augment": Augment(), "retrain.augment": Augment()}
+    neither: dict[str, Any] = {"search.*.augment": Augment(), "retrain.augment": Augment()}
+    if name == "gdas":  # whose hard gates cannot be compiled
+        neither["method.sampler.hard"] = False
     trial = override(PAPERS[name], neither)
     changed = {path: other(trial, path, value) for path, value in paths(trial).items()}
     for path in ("data.root", "data.download", "data.workers"):

@@ -187,7 +187,7 @@ ALL = [
 FEW = [
     Case(4, True, 1, "soft", image_size=16),
     Case(4, True, 2, "soft", image_size=16),
-    Case(1, False, 2, "soft", part=1, image_size=16),
+    Case(1, False, 1, "soft", part=1, image_size=16),
     Case(8, True, 1, "hard", image_size=16),
     Case(2, False, 2, "hard", part=1, image_size=16),
 ]

@@ -188,3 +188,11 @@ def test_no_genotype_takes_more_than_the_costliest(space: Any) -> None:
 def test_the_costliest_genotype_belongs_to_its_space() -> None:
     for space in SPACES.values():
         space.picks(costliest(space))
+
+
+def test_a_recipe_that_will_diverge_takes_what_one_that_learns_takes() -> None:
+    calm, wild = (taken(small(retrain__weight_decay=decay)) for decay in (3e-4, 1e30))
+    assert wild == calm
+    assert (
+        taken(small(retrain__auxiliary_weight=0.0, retrain__clip=1e30, retrain__amp="bf16")).retrain.train > 0
+    )

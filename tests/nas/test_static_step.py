@@ -131,11 +131,16 @@ def test_a_step_makes_no_tensor_of_host_values_but_one_for_a_fan_out(
     assert not any("device" in settings for settings in made)
 
 
-@pytest.mark.parametrize("mix", ["shuffle", "mask"])
 @pytest.mark.parametrize(
-    "update", [Bilevel(), Bilevel(order=2), Bilevel(order=2, hessian="exact")], ids=["1", "2", "exact"]
+    ("name", "update", "mix"),
+    [
+        ("pc_darts", Bilevel(order=2), "shuffle"),
+        ("pc_darts", Bilevel(order=2, hessian="exact"), "shuffle"),
+        ("gdas", Bilevel(), "shuffle"),
+        ("gdas", Bilevel(), "mask"),
+    ],
+    ids=["order 2", "exact", "hard gates", "mask"],
 )
-@pytest.mark.parametrize("name", ["pc_darts", "gdas"])
 def test_checkpointed_cells_change_nothing(name: str, update: Bilevel, mix: str) -> None:
     ends = []
     for checkpointed in (False, True):
