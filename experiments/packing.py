@@ -134,10 +134,9 @@ class Packing:
 
     def at_once(self, trials: Sequence[Trial], count: int) -> tuple[int, int]:
         """How many of `count` trials like `trials` run at once: fewest and most."""
-        least = min(self.machine.at_once(self.share(trial)) for trial in trials)
-        most = max(self.machine.at_once(self.share(trial)) for trial in trials)
+        fitting = [self.machine.at_once(self.share(trial)) for trial in trials]
         limit = min(count, self.resources.max_concurrent or count)
-        return max(1, min(least, limit)), max(1, min(most, limit))
+        return max(1, min(*fitting, limit)), max(1, min(max(fitting), limit))
 
     def slots(self, trials: Sequence[Trial]) -> int:
         """How many trials to have under way: what runs at once, on a cluster, which may grow, at least 8."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nas.execution import recomputed
 from nas.genotype import Cell, Genotype
-from nas.ops import FactorizedReduce, ReLUConvBN, ReLUFirst, build_op
+from nas.ops import FactorizedReduce, ReLUConvBN, ReLUFirst, build_op, plus
 from nas.spaces.cell import reduction_cells
 
 Stem = Literal["cifar", "imagenet"]
@@ -61,13 +61,6 @@ def auxiliary_head(channels: int, classes: int, stem: Stem, *, second_norm: bool
     head.add_module("flatten", nn.Flatten())
     head.add_module("head", nn.Linear(768, classes))
     return head
-
-
-def plus(total: Tensor | None, y: Tensor, keep: Tensor | None) -> Tensor:
-    """`total + keep * y` in one pass; None stands for a sum without terms yet, and for a factor of 1."""
-    if keep is None:
-        return y if total is None else total + y
-    return y * keep if total is None else torch.addcmul(total, y, keep)
 
 
 class NetworkCell(nn.Module):

@@ -36,6 +36,13 @@ class ReLUConvBN(ReLUFirst):
         self.bn = nn.BatchNorm2d(channels, affine=affine)
 
 
+def plus(total: Tensor | None, y: Tensor, keep: Tensor | None = None) -> Tensor:
+    """`total + keep * y` in one pass; None stands for a sum without terms yet, and for a factor of 1."""
+    if keep is None:
+        return y if total is None else total + y
+    return y * keep if total is None else torch.addcmul(total, y, keep)
+
+
 def pad_to_even(x: Tensor) -> Tensor:
     """`x` with a row or column of zeros at the bottom and right where a side is odd."""
     height, width = x.shape[-2:]

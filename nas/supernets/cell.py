@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nas.execution import recomputed
 from nas.gates import Gates
 from nas.network import Stem, cifar_stem, imagenet_stems
-from nas.ops import FactorizedReduce, ReLUConvBN
+from nas.ops import FactorizedReduce, ReLUConvBN, plus
 from nas.spaces.cell import CELL_TYPES, CellSpace, CellType, reduction_cells
 from nas.spaces.space import Choices
 from nas.supernets.stacked import (
@@ -36,7 +36,6 @@ from nas.supernets.stacked import (
     index_tensors,
     is_channels_last,
     layout,
-    plus,
     repeat_sources,
     select,
     weighted,
@@ -439,8 +438,7 @@ class SupernetCell(nn.Module):
             rest = [F.max_pool2d(x, 2, 2, ceil_mode=True) for x in rest]
         sources, targets = len(fan.sources), len(fan.targets)
         if edges is None and keep is None:
-            total = rest[0] if sources == 1 else rest[0] + rest[1]
-            return concatenate([total] * targets)
+            return concatenate([sum(rest[1:], start=rest[0])] * targets)
         weight = rest[0].new_ones(sources, targets) if edges is None else edges
         if keep is not None:
             weight = weight * torch.unflatten(keep, 1, (sources, targets))

@@ -217,11 +217,6 @@ def concatenate(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
-def plus(total: Tensor | None, y: Tensor) -> Tensor:
-    """`total + y`; None is a sum without terms yet."""
-    return y if total is None else total + y
-
-
 def index_tensors(lists: dict[str, Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """Lists of integers as tensors on `device`, in one copy for which the host does not wait."""
     flat = torch.tensor([value for values in lists.values() for value in values], dtype=torch.int64)
