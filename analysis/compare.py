@@ -271,8 +271,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, draws: Draws = DRAWS) -> Paire
     margin = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     rounded = np.rint(gaps / RESOLUTION)
     swaps = stats.permutation_test(
-        (gaps,),
-        lambda values, axis: values.mean(axis=axis),
+        (rounded,),
+        lambda values, axis: values.sum(axis=axis),
         permutation_type="samples",
         vectorized=True,
         n_resamples=EXACT if 2**n <= EXACT else draws.permutations or PERMUTATIONS,
@@ -630,9 +630,10 @@ def _permute_arms(x: Array, y: Array, draws: Draws) -> tuple[float | None, str]:
     if min(len(x), len(y)) < 2:
         return None, "none with one run in an arm"
     ways = math.comb(len(x) + len(y), len(x))
+    # Whole steps of RESOLUTION add up exactly in any order, so that equal differences count as ties.
     test = stats.permutation_test(
-        (x, y),
-        lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
+        (np.rint(x / RESOLUTION), np.rint(y / RESOLUTION)),
+        lambda a, b, axis: a.sum(axis=axis) * len(y) - b.sum(axis=axis) * len(x),
         permutation_type="independent",
         vectorized=True,
         n_resamples=EXACT if ways <= EXACT else draws.permutations or PERMUTATIONS,

@@ -1,13 +1,10 @@
 """The command line of every experiment: plan, refuse what is wrong, run, record, and say what was found."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
-import time
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,9 +14,11 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from analysis import plots, records, summary
+from experiments.conclusion import conclude
+from experiments.folder import finished, finished_arm, last_ends, resumed, study_folder, write_study
 from experiments.packing import Packing
 from experiments.provenance import provenance
+from experiments.recorder import Progress, Recorder
 from experiments.study import (
     SEEDS,
     SHORT,
@@ -40,15 +39,10 @@ from experiments.study import (
 )
 from experiments.tracking import Tracker, default_uri, ui_command
 from nas.data import Arrays, Data, load
-from nas.draw import genotype_png, genotype_svg
 from nas.footprint import DataShape
-from nas.genotype import Genotype
 from nas.papers import PAPERS
 from nas.retrain import check_retrain
 from nas.trial import Trial
-
-FINISHED = {"completed", "pruned", "diverged", "oom"}
-"""Ends that `--resume` does not run again; a failed trial is tried once more."""
 
 
 def parser(study: Study) -> argparse.ArgumentParser:
@@ -201,28 +195,29 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     shape = _check_data(arrays, base, planned)
     planned = plan(study, settings, shape)
     identity = study_id(study, settings, planned)
-    folder = _folder(study, options, identity)
+    folder = study_folder(study, options, identity)
     joint_trials = _joint_trials(study, options)
     meta = _describe(study, options, base, planned, arrays, identity)
     if options.resume:
-        meta = _resumed(folder, meta)
+        meta = resumed(folder, meta)
     return Job(study, settings, options, base, planned, joint_trials, arrays, shape, folder, meta)
 
 
 def run(job: Job) -> None:
     """Run a study from its first trial to its claims."""
-    from experiments import tune  # Ray takes seconds to import, so wrong input is refused before
+    # Ray takes seconds to import, so wrong input is refused before.
+    from experiments import cluster, tune, worker
 
     options, folder = job.options, job.folder
-    done = _finished(folder) if options.resume else set()
+    done = finished(folder) if options.resume else set()
     todo = [p for p in job.planned if p.trial.id not in done]
-    remaining = job.joint_trials - (_finished_arm(folder, "searched") if options.resume else 0)
+    remaining = job.joint_trials - (finished_arm(folder, "searched") if options.resume else 0)
     print(job.study.question)
     print(f"{len(job.planned) + job.joint_trials} trials, {len(done)} finished before, in {folder}")
     try:
-        tune.connect(job.resources)
-        tune.check_resources(job.resources)
-        packing = Packing(job.resources, tune.machine(job.resources), job.shape, _images_mb(job.arrays))
+        cluster.connect(job.resources)
+        cluster.check_resources(job.resources)
+        packing = Packing(job.resources, cluster.machine(job.resources), job.shape, _images_mb(job.arrays))
         possible = [*todo, *(tune.corners(_joint(job)) if remaining > 0 else [])]
         if remaining > 0:
             print(f"counting the memory of {len(possible)} configurations, which takes a second or more each")
@@ -232,12 +227,12 @@ def run(job: Job) -> None:
         raise SystemExit(2) from error
     print("\n".join(said))
     folder.mkdir(parents=True, exist_ok=True)
-    _write_study(folder, {**job.meta, "packing": said})
+    write_study(folder, {**job.meta, "packing": said})
     uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
     tracker = Tracker(uri, job.meta, folder)
     tracker.open()
     recorder = Recorder(folder, tracker, Progress(todo, job.base, max(0, remaining)))
-    place = tune.Place(packing, {tune.data_key(job.base): job.arrays}, recorder, folder)
+    place = tune.Place(packing, {worker.data_key(job.base): job.arrays}, recorder, folder)
     try:
         if todo:
             restore = tune.newest_checkpoints(folder, [p.trial.id for p in todo]) if options.resume else {}
@@ -248,7 +243,7 @@ def run(job: Job) -> None:
         artifacts, text = conclude(folder)
         tracker.close(artifacts, text)
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
-    if any(row["status"] == "failed" for row in _last_ends(folder).values()):
+    if any(row["status"] == "failed" for row in last_ends(folder).values()):
         raise SystemExit(1)
 
 
@@ -325,104 +320,6 @@ def _joint_trials(study: Study, options: argparse.Namespace) -> int:
     return int(options.trials if options.trials is not None else default)
 
 
-# The folder
-
-
-def _folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
-    """Folder of this run.
-
-    Raises:
-        FileExistsError: it is a file, holds another study, or holds this one and `--resume` is not given.
-        FileNotFoundError: nothing to resume.
-    """
-    if options.out is None and options.resume:
-        found = sorted(path.parent for path in Path("results").glob(f"{study.name}-*/study.json"))
-        found = [path for path in found if records.read_study(path).get("plan_id") == identity]
-        if not found:
-            raise FileNotFoundError(
-                "--resume: no folder of this study (same options) in results/; name it with --out"
-            )
-        return found[-1]
-    if options.out is None:
-        return Path("results") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder: Path = options.out
-    if folder.is_file():
-        raise FileExistsError(f"--out {folder} is a file; name a folder")
-    if not (folder / "study.json").exists():
-        if options.resume:
-            raise FileNotFoundError(
-                f"--resume: {folder} holds no study; leave --resume out to start one there"
-            )
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"--out {folder} is not empty and holds no study; choose a new folder")
-        return folder
-    held = records.read_study(folder)
-    if held.get("plan_id") != identity:
-        raise FileExistsError(
-            f"--out {folder} holds another study ({held['name']}, started by: {held['command']}); "
-            "choose another folder"
-        )
-    if not options.resume:
-        raise FileExistsError(
-            f"--out {folder} holds this study already; add --resume to go on, or choose another folder"
-        )
-    return folder
-
-
-def _resumed(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """Description of the study that is resumed, as it was begun.
-
-    Raises:
-        ValueError: its data have changed since.
-    """
-    held = records.read_study(folder)
-    before, after = held["provenance"], now["provenance"]
-    if before["data_sha256"] != after["data_sha256"]:
-        raise ValueError(
-            f"--resume {folder}: the data are not those the study began with (sha256 "
-            f"{after['data_sha256'][:12]}, not {before['data_sha256'][:12]}); restore them, or start anew"
-        )
-    if before["git_commit"] != after["git_commit"]:
-        print(f"note: the study began at commit {before['git_commit']}, this is {after['git_commit']}")
-    if held["scheduler"] != "fifo":
-        print(f"note: {held['scheduler']} has forgotten earlier trials, so it may decide otherwise now")
-    return held
-
-
-def _finished(folder: Path) -> set[str]:
-    """Trials whose end has been recorded."""
-    return {row["trial"] for row in _ends(folder) if row["status"] in FINISHED}
-
-
-def _finished_arm(folder: Path, arm: str) -> int:
-    starts = {
-        row["trial"]: row["arm"]
-        for path in _files(folder)
-        for row in records.read_rows(path)
-        if row["kind"] == "start"
-    }
-    return sum(starts.get(trial) == arm for trial in _finished(folder))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted((folder / "trials").glob("*.jsonl"))
-
-
-def _ends(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in _files(folder) for row in records.read_rows(path) if row["kind"] == "end"]
-
-
-def _last_ends(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["trial"]: row for row in _ends(folder)}
-
-
-def _write_study(folder: Path, meta: Mapping[str, Any]) -> None:
-    path = folder / "study.json"
-    if not path.exists():
-        path.with_suffix(".tmp").write_text(json.dumps(meta, indent=2) + "\n")
-        path.with_suffix(".tmp").rename(path)
-
-
 def _describe(
     study: Study,
     options: argparse.Namespace,
@@ -454,126 +351,3 @@ def _describe(
         "batch": options.batch,
         "provenance": provenance(arrays.name, arrays.sha256, base.to_dict()),
     }
-
-
-# While it runs
-
-
-class Progress:
-    """How far the study is, said in one line when a trial ends and every half minute."""
-
-    def __init__(self, todo: Sequence[Planned], base: Trial, joint_trials: int = 0) -> None:
-        self.work = {p.trial.id: _epochs(p.trial) for p in todo}
-        self.trials = len(todo) + joint_trials
-        self.joint = _epochs(base)
-        """Epochs of a trial that a joint search has yet to choose, roughly: choices may change them."""
-        self.total = sum(self.work.values()) + joint_trials * self.joint
-        self.names: dict[str, str] = {}
-        self.epochs: Counter[str] = Counter()
-        self.ended: Counter[str] = Counter()
-        self.best: tuple[float, str] | None = None
-        self.started = self.said = time.monotonic()
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Count a row, and speak when it is time."""
-        if row["kind"] == "start":
-            self.names[row["trial"]] = row["name"]
-        elif row["kind"] == "epoch":
-            self.epochs[row["trial"]] += 1
-        else:
-            self.ended[row["status"]] += 1
-            # A trial that stops early owes no more epochs.
-            self.total -= max(0, self.work.get(row["trial"], self.joint) - self.epochs[row["trial"]])
-            error = row["metrics"].get("valid_error")
-            if error is not None and (self.best is None or error < self.best[0]):
-                self.best = (error, self.names.get(row["trial"], row["trial"]))
-        if row["kind"] == "end" or time.monotonic() - self.said > 30:
-            self.said = time.monotonic()
-            print(self.line(), flush=True)
-
-    def line(self) -> str:
-        """Trials ended, time gone and left, best error so far."""
-        done, elapsed = sum(self.epochs.values()), time.monotonic() - self.started
-        left = "?" if not done else _clock(elapsed * max(0, self.total - done) / done)
-        best = (
-            f"best validation error {100 * self.best[0]:.2f} % ({self.best[1]})"
-            if self.best
-            else "no validation error yet"
-        )
-        others = ", ".join(f"{n} {status}" for status, n in self.ended.items() if status != "completed")
-        ended = f"[{sum(self.ended.values())}/{self.trials} trials" + (f", {others}]" if others else "]")
-        return f"{ended} {_clock(elapsed)} gone, about {left} left, {best}"
-
-
-def _epochs(trial: Trial) -> int:
-    return sum(stage.epochs for stage in trial.search) + trial.retrain.epochs
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class Recorder:
-    """Writes every row to the trial's file first, then lets tracking and progress see it."""
-
-    def __init__(self, folder: Path, tracker: Tracker, progress: Progress) -> None:
-        self.folder, self.tracker, self.progress = folder, tracker, progress
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Keep one row."""
-        records.append_row(self.folder / "trials" / f"{row['trial']}.jsonl", row)
-        self.tracker.row(row)
-        self.progress.row(row)
-
-
-# At the end
-
-
-def conclude(folder: Path) -> tuple[list[Path], str]:
-    """Tables, figures, drawings and claims of what was recorded; returns files and text (Markdown)."""
-    if not _files(folder):
-        print("no trial has been recorded")
-        return [], ""
-    tables_written = records.export(folder)
-    tables = records.read_tables(folder)
-    result = summary.summarise(tables)
-    claims = summary.claims(tables)
-    figures = folder / "figures"
-    written = list(tables_written.values())
-    drawn = [
-        ("error_by_arm", plots.error_by_arm(tables), plots.error_data(tables)),
-        ("curves", plots.curves(tables), plots.curve_data(tables)),
-        ("error_by_size", plots.error_by_size(tables), plots.size_data(tables)),
-    ]
-    for stem, figure, data in drawn:
-        written += plots.save(figure, figures / stem, data).values()
-    written += _draw_cells(folder, tables)
-    print(f"\n{summary.render(result)}")
-    if tables.study.get("joint"):
-        print(summary.render_chosen(summary.chosen(tables)))
-    print("\n".join(f"- {claim}" for claim in claims))
-    print(f"\ntables   {folder / 'tables'}/{{trials,epochs,genotypes}}.parquet")
-    print(f"figures  {figures}/{{{','.join(stem for stem, *_ in drawn)}}}.png, {figures / 'cells'}/")
-    text = f"{summary.to_markdown(result)}\n\n" + "\n".join(f"- {claim}" for claim in claims)
-    (folder / "summary.md").write_text(f"# {tables.study['question']}\n\n{text}\n")
-    return [*written, folder / "summary.md", folder / "study.json"], text
-
-
-def _draw_cells(folder: Path, tables: records.Tables) -> list[Path]:
-    """The cell that each arm's best trial by validation found; the test error has no say in what is shown."""
-    written = []
-    cells = folder / "figures" / "cells"
-    finals = tables.finals()
-    for arm in tables.arms:
-        mine = finals[finals["arm"] == arm].dropna(subset=["genotype"])
-        if mine.empty:
-            continue
-        chosen = mine.sort_values(["valid_error", "trial_id"]).iloc[0]
-        genotype, stem = Genotype.parse(chosen["genotype"]), arm.replace(" ", "_").replace("/", "_")
-        cells.mkdir(parents=True, exist_ok=True)
-        (cells / f"{stem}.svg").write_text(genotype_svg(genotype, title=chosen["name"]))
-        (cells / f"{stem}.png").write_bytes(genotype_png(genotype, title=chosen["name"]))
-        written += [cells / f"{stem}.svg", cells / f"{stem}.png"]
-    return written

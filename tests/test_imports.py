@@ -23,7 +23,7 @@ ONLY_IN = {
     "mlflow": ("experiments.tracking",),
     "optuna": ("experiments.tune",),
     "pyarrow": ("nas.data", "nas.sources", "analysis.records"),
-    "ray": ("experiments.tune",),
+    "ray": ("experiments.worker", "experiments.cluster", "experiments.schedulers", "experiments.tune"),
 }
 
 # What must work without torch: descriptions of architectures, and all that reads records.

@@ -17,10 +17,11 @@ from PIL import Image
 
 from analysis import records
 from experiments import main as command
-from experiments import packing, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
-from experiments.main import Job, Progress, main, parser, prepare
+from experiments import packing, recorder, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
+from experiments.main import Job, main, parser, prepare
 from experiments.packing import Machine, Node
 from experiments.provenance import PACKAGES, provenance
+from experiments.recorder import Progress
 from experiments.study import SHORT, Joint, Planned, Resources, Settings, Study, plan, settable
 from nas.footprint import Footprint, Peak
 from nas.published import PUBLISHED
@@ -468,7 +469,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 
@@ -637,7 +638,7 @@ def rows_of(p: Planned, status: str) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
-    from experiments import tune
+    from experiments import cluster, tune
 
     stage = Stage()
 
@@ -661,9 +662,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
     monkeypatch.setattr(command, "Tracker", Tracked)
     monkeypatch.setattr(command, "conclude", stage.conclude)  # figures take seconds
-    monkeypatch.setattr(tune, "connect", lambda resources: None)
-    monkeypatch.setattr(tune, "check_resources", lambda resources: None)
-    monkeypatch.setattr(tune, "machine", lambda resources: stage.machine)
+    monkeypatch.setattr(cluster, "connect", lambda resources: None)
+    monkeypatch.setattr(cluster, "check_resources", lambda resources: None)
+    monkeypatch.setattr(cluster, "machine", lambda resources: stage.machine)
     taken = Footprint((Peak(10.0, 2.0),), Peak(5.0, 1.0))  # counting takes a second a trial
     monkeypatch.setattr(packing, "footprint", lambda trial, shape: taken)
     monkeypatch.setattr(tune, "run_planned", stage.run_planned)
@@ -789,12 +790,14 @@ def test_a_joint_search_runs_its_baseline_first_and_in_full(stage: Stage) -> Non
 def test_a_cluster_that_is_not_there_is_told_before_anything_is_written(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    from experiments import tune
+    from experiments import cluster
 
     def refuse(resources: Resources) -> None:
         raise error
 
-    monkeypatch.setattr(tune, "connect" if isinstance(error, ConnectionError) else "check_resources", refuse)
+    monkeypatch.setattr(
+        cluster, "connect" if isinstance(error, ConnectionError) else "check_resources", refuse
+    )
     with pytest.raises(SystemExit, match="2"):
         main(sweep_k.STUDY, [*TINY, "--out", "study"])
     assert capsys.readouterr().err == f"error: {error}\n"

@@ -18,11 +18,19 @@ import ray
 import torch
 
 from analysis import records
-from experiments import compare_methods, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k, sweep_skips
-from experiments import main as command
+from experiments import (
+    compare_methods,
+    conclusion,
+    recorder,
+    sweep_depths,
+    sweep_edge_norm,
+    sweep_joint,
+    sweep_k,
+    sweep_skips,
+)
+from experiments.cluster import connect
 from experiments.main import main
 from experiments.study import Resources, Study, axis
-from experiments.tune import connect
 from nas.config import override
 from nas.data import DataConfig
 from nas.genotype import Genotype
@@ -66,7 +74,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables and claims alone: figures take seconds, and are drawn once."""
     plots = MagicMock()
     plots.save.return_value = {}
-    monkeypatch.setattr(command, "plots", plots)
+    monkeypatch.setattr(conclusion, "plots", plots)
 
 
 @pytest.fixture(scope="module")
@@ -290,16 +298,16 @@ def test_ctrl_c_stops_a_study_that_then_goes_on(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, folder = replace(SWEEP, axes=(axis("K", 4),), reference=None), tmp_path / "study"
-    count = command.Progress.row
+    count = recorder.Progress.row
 
-    def stop(progress: command.Progress, row: dict[str, Any]) -> None:
+    def stop(progress: recorder.Progress, row: dict[str, Any]) -> None:
         count(progress, row)
         if row["kind"] == "epoch" and progress.epochs.total() == 1:
             signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
-        patched.setattr(command.Progress, "row", stop)
+        patched.setattr(recorder.Progress, "row", stop)
         with pytest.raises(SystemExit) as end:
             main(study, small(folder, store))
     signal.signal(signal.SIGINT, before)

@@ -21,18 +21,23 @@ from ray.tune import loguniform
 
 from analysis import records
 from experiments import (
+    cluster,
     compare_methods,
+    schedulers,
     sweep_depths,
     sweep_edge_norm,
     sweep_joint,
     sweep_k,
     sweep_skips,
     tune,
+    worker,
 )
-from experiments.main import Recorder
 from experiments.packing import Machine, Node, Share
+from experiments.recorder import Recorder
+from experiments.schedulers import scheduler
 from experiments.study import PRESETS, Domain, Joint, Planned, Resources, SchedulerName, Settings, Study, plan
-from experiments.tune import METRIC, TIME, Forward, Place, TrialActor, configuration, scheduler
+from experiments.tune import Forward, Place
+from experiments.worker import METRIC, TIME, TrialActor, configuration
 from nas.config import override, paths
 from nas.data import Arrays, load
 from nas.genotype import Genotype
@@ -84,7 +89,7 @@ K4, K8, RANDOM = "K=4 seed=0", "K=8 seed=1", "random seed=0"
 @cache
 def arrays() -> Mapping[str, Arrays]:
     trial = trials()[K4].trial
-    return {tune.data_key(trial): load(trial.data)}
+    return {worker.data_key(trial): load(trial.data)}
 
 
 class Actor(TrialActor):
@@ -209,7 +214,7 @@ def test_trials_are_searched_for_by_the_same_names_in_every_study() -> None:
     searched = wanted | {"K": 4, "edge_norm": True, "order": 1, "depths": "3"}
     assert rows_of(complete(K4))[0]["params"] == searched
     assert rows_of(complete(RANDOM))[0]["params"] == wanted
-    progressive = tune.common_params(trials("sweep_depths")["depths=5-11-17 seed=1"].trial)
+    progressive = worker.common_params(trials("sweep_depths")["depths=5-11-17 seed=1"].trial)
     assert progressive["depths"] == "-".join(
         str(s.cells) for s in trials("sweep_depths")["depths=5-11-17 seed=1"].trial.search
     )
@@ -322,7 +327,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         running.save_checkpoint(str(tmp_path))
-    assert not (tmp_path / tune.CHECKPOINT).exists()
+    assert not (tmp_path / worker.CHECKPOINT).exists()
 
 
 def test_a_trial_takes_no_checkpoint_of_another(tmp_path: Path) -> None:
@@ -336,10 +341,10 @@ def test_a_trial_takes_no_checkpoint_of_another(tmp_path: Path) -> None:
 
 
 def test_a_torn_checkpoint_is_told_of(tmp_path: Path) -> None:
-    (tmp_path / tune.CHECKPOINT).write_bytes(b"half a file")
+    (tmp_path / worker.CHECKPOINT).write_bytes(b"half a file")
     refused = actor(K4, restore=str(tmp_path))
     refused.save_checkpoint(str(tmp_path))
-    assert (tmp_path / tune.CHECKPOINT).read_bytes() == b"half a file"
+    assert (tmp_path / worker.CHECKPOINT).read_bytes() == b"half a file"
     assert single_end(to_the_end(refused), "failed")
 
 
@@ -353,7 +358,7 @@ def test_checkpoints_come_with_stages_and_with_time(monkeypatch: pytest.MonkeyPa
     ]
     running = actor(K4)
     clock = SimpleNamespace(now=time.monotonic())
-    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
     asked = []
     for seconds in (40.0, 30.0, 40.0, 30.0):
         clock.now += seconds
@@ -365,7 +370,7 @@ def test_newest_checkpoints_are_found_across_runs(tmp_path: Path) -> None:
     for age, place in enumerate(
         ("run-2/a/checkpoint_000000", "run-1/a/checkpoint_000003", "run-1/b/checkpoint_000001")
     ):
-        path = tmp_path / "tune" / place / tune.CHECKPOINT
+        path = tmp_path / "tune" / place / worker.CHECKPOINT
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
@@ -405,7 +410,7 @@ def test_the_networks_of_the_trial_before_are_gone_when_the_next_are_built(
         held.append(old())
         raise MemoryError("stop here")
 
-    monkeypatch.setattr(tune, "TrialRun", build)
+    monkeypatch.setattr(worker, "TrialRun", build)
     running.reset_config(planned_config(K8))
     assert held == [None]
 
@@ -482,7 +487,7 @@ def test_memory_that_runs_out_at_the_start_ends_a_trial(
     def build(*_: object) -> None:
         raise MemoryError("no room for the supernet")
 
-    monkeypatch.setattr(tune, "TrialRun", build)
+    monkeypatch.setattr(worker, "TrialRun", build)
     running = actor(K4, restore=str(tmp_path / "nowhere"))
     running.save_checkpoint(str(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -513,7 +518,7 @@ def test_an_error_at_the_start_ends_a_trial(monkeypatch: pytest.MonkeyPatch) -> 
     def build(*_: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(tune, "TrialRun", build)
+    monkeypatch.setattr(worker, "TrialRun", build)
     assert "no kernel image is available" in single_end(to_the_end(actor(K4)), "failed")["reason"]
 
 
@@ -542,7 +547,7 @@ def test_chosen_values_reach_the_trial_and_its_axes() -> None:
         fields=["depths", "K", "lr", "retrain.weight_decay"],
         named={"depths": {"5-11-17": {"search": stages}}},
     ) | {"depths": "5-11-17", "K": 2, "lr": 0.07, "retrain.weight_decay": 1e-5}
-    found = tune.resolve(config)
+    found = worker.resolve(config)
     assert [stage.cells for stage in found.trial.search] == [5, 11, 17]
     assert {paths(stage)["lr.start"] for stage in found.trial.search} == {
         0.07
@@ -571,7 +576,7 @@ def test_a_chosen_trial_is_named_by_what_it_does() -> None:
 def test_what_pbt_changes_is_there_to_be_changed(study: Study) -> None:
     for preset in PRESETS:
         for p in plan(study, Settings(preset, seeds=1)):  # type: ignore[arg-type]
-            changed = override(p.trial, dict.fromkeys(tune.PBT_FIELDS, 0.01))
+            changed = override(p.trial, dict.fromkeys(schedulers.PBT_FIELDS, 0.01))
             assert (changed.space, changed.method, changed.search) == (
                 p.trial.space,
                 p.trial.method,
@@ -626,7 +631,7 @@ def decide(chosen: Any, member: Member, **result: Any) -> str:
 
 
 def members(chosen: Any, count: int) -> list[Member]:
-    found = [Member(f"{number}", dict.fromkeys(tune.PBT_FIELDS, 0.01)) for number in range(count)]
+    found = [Member(f"{number}", dict.fromkeys(schedulers.PBT_FIELDS, 0.01)) for number in range(count)]
     for member in found:
         chosen.on_trial_add(CONTROLLER, member)
     return found
@@ -870,17 +875,17 @@ def test_a_machine_that_is_too_small_is_told_of(
     machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(CPU=4.0)
-    tune.check_resources(Resources(cpus_per_trial=4))
+    cluster.check_resources(Resources(cpus_per_trial=4))
     with pytest.raises(
         ValueError, match="--cpus-per-trial 5: this machine has 4; lower it, or give an --address"
     ):
-        tune.check_resources(Resources(cpus_per_trial=5))
+        cluster.check_resources(Resources(cpus_per_trial=5))
     with pytest.raises(ValueError, match=r"--gpus-per-trial 0\.5: this machine has 0"):
-        tune.check_resources(Resources(gpus_per_trial=0.5))
+        cluster.check_resources(Resources(gpus_per_trial=0.5))
     # A cluster may grow.
-    tune.check_resources(Resources(address="head:6379", gpus_per_trial=8))
+    cluster.check_resources(Resources(address="head:6379", gpus_per_trial=8))
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    tune.check_resources(Resources(gpus_per_trial=8))
+    cluster.check_resources(Resources(gpus_per_trial=8))
 
 
 def test_a_machine_is_what_ray_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -888,9 +893,9 @@ def test_a_machine_is_what_ray_hands_out(monkeypatch: pytest.MonkeyPatch) -> Non
     alive = {"CPU": 4.0, "memory": 14.0 * gib, "object_store_memory": 6.0 * gib}
     nodes = [{"Alive": True, "Resources": alive}, {"Alive": False, "Resources": {"CPU": 64.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    found = tune.machine(Resources())
+    found = cluster.machine(Resources())
     assert found == Machine((Node(cpus=4, gpus=0, memory_mb=14 * 1024, free_mb=20 * 1024),))
-    assert tune.machine(Resources(address="head:6379")).grows
+    assert cluster.machine(Resources(address="head:6379")).grows
 
 
 def test_corners_are_all_listed_values_together() -> None:
@@ -912,7 +917,7 @@ def test_freed_memory_goes_back_even_from_below_what_is_in_use() -> None:
     kept = small[::64]
     del small
     before = resident_mb()
-    tune.return_freed_memory()
+    worker.return_freed_memory()
     assert resident_mb() < before - 200
     assert len(kept) == 64
 
@@ -920,7 +925,7 @@ def test_freed_memory_goes_back_even_from_below_what_is_in_use() -> None:
 def test_trials_that_split_the_same_images_share_them() -> None:
     trial = trials()[K4].trial
     shared = {"data.valid": 0.3, "data.weights_share": 0.4, "seeds.split": 5, "data.shuffle": False}
-    assert tune.data_key(override(trial, shared)) == tune.data_key(trial)
+    assert worker.data_key(override(trial, shared)) == worker.data_key(trial)
     for name, value in (
         ("source", "cifar10"),
         ("limit", 50),
@@ -929,4 +934,4 @@ def test_trials_that_split_the_same_images_share_them() -> None:
         ("test", 0.5),
         ("stream", True),
     ):
-        assert tune.data_key(override(trial, {f"data.{name}": value})) != tune.data_key(trial)
+        assert worker.data_key(override(trial, {f"data.{name}": value})) != worker.data_key(trial)
