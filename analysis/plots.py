@@ -37,7 +37,7 @@ def error_by_arm(tables: Tables) -> Figure:
     An arm without an interval in `summarise` has its mean alone.
     """
     summary = summarise(tables)
-    figure = _figure(_title(tables), 1.1 + 0.62 * max(len(summary), 1))
+    figure = blank(_title(tables), 1.1 + 0.62 * max(len(summary), 1))
     axes = figure.add_subplot()
     axes.set_xlabel("test error (%)")
     axes.set_ylim(len(summary) - 0.4, -0.6)
@@ -49,7 +49,7 @@ def error_by_arm(tables: Tables) -> Figure:
     limits = _error_limits(tables, summary)
     if limits is None:
         axes.set_xticks([])
-        _say(axes, "no finished run yet")
+        say(axes, "no finished run yet")
         return figure
     axes.set_xlim(limits)
     axes.grid(axis="x", color=PALE, linewidth=0.6)
@@ -62,7 +62,7 @@ def error_by_arm(tables: Tables) -> Figure:
         _draw_mean(axes, place + 0.17, row.error_mean, row.error_low, row.error_high)
         if row.role == "baseline" and row.n:
             _draw_band(axes, row.error_mean, row.error_low, row.error_high)
-    _legend(figure, _error_handles(summary, limits))
+    legend(figure, _error_handles(summary, limits))
     return figure
 
 
@@ -78,7 +78,7 @@ def curves(tables: Tables) -> Figure:
     """Validation error per epoch by arm, in search and in retraining: its runs and medians of all arms."""
     data = curve_data(tables)
     arms = tables.arms
-    figure = _figure(_title(tables), 1.1 + 1.25 * max(len(arms), 1))
+    figure = blank(_title(tables), 1.1 + 1.25 * max(len(arms), 1))
     grid = figure.subplots(max(len(arms), 1), len(_STAGES), sharex="col", sharey="col", squeeze=False)
     medians = {(arm, stage): _median(data, arm, stage) for arm in arms for stage in _STAGES}
     for row, arm in enumerate(arms):
@@ -86,7 +86,7 @@ def curves(tables: Tables) -> Figure:
             axes.grid(axis="y", color=PALE, linewidth=0.5)
             runs = data[(data["arm"] == arm) & (data["stage"] == stage)]
             if runs.empty:
-                _say(axes, "no epochs")
+                say(axes, "no epochs")
                 continue
             for other in arms:
                 axes.plot(medians[other, stage], color=PALE, linewidth=1, zorder=1)
@@ -104,7 +104,7 @@ def curves(tables: Tables) -> Figure:
         Line2D([], [], color=VERMILION, linewidth=0.9, linestyle=(0, (4, 2)), label="run not completed"),
         Line2D([], [], color=PALE, linewidth=1.5, label="medians of the other arms"),
     ]
-    _legend(figure, handles)
+    legend(figure, handles)
     return figure
 
 
@@ -120,12 +120,12 @@ def curve_data(tables: Tables) -> pd.DataFrame:
 def error_by_size(tables: Tables) -> Figure:
     """Validation error of every finished run against its size, with the front of what none is better than."""
     data = size_data(tables)
-    figure = _figure(_title(tables), 4.6)
+    figure = blank(_title(tables), 4.6)
     axes = figure.add_subplot()
     axes.set_xlabel("parameters (millions)")
     axes.set_ylabel("validation error (%)")
     if data.empty:
-        _say(axes, "no finished run yet")
+        say(axes, "no finished run yet")
         return figure
     axes.grid(color=PALE, linewidth=0.6)
     for random, colour, marker in ((False, BLUE, "o"), (True, GREY, "s")):
@@ -151,7 +151,7 @@ def error_by_size(tables: Tables) -> Figure:
         handles[0].set_label(f"searched (n = {len(data) - baseline})")
         label = f"random (n = {baseline})"
         handles.insert(1, Line2D([], [], color=GREY, marker="s", linestyle="none", label=label))
-    _legend(figure, handles)
+    legend(figure, handles)
     return figure
 
 
@@ -173,11 +173,17 @@ def save(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
     Returns:
         The files by ending: `svg`, `png` and `csv`.
     """
+    paths = save_vector(figure, stem, data) | {"png": stem.with_name(f"{stem.name}.png")}
+    figure.savefig(paths["png"], dpi=160, metadata={"Software": None})
+    return paths
+
+
+def save_vector(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
+    """Write a figure as `.svg` and the rows that drew it as `.csv`; equal input, equal bytes."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in ("svg", "png", "csv")}
+    paths = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in ("svg", "csv")}
     with mpl.rc_context({"svg.hashsalt": "nas", "svg.fonttype": "path"}):
         figure.savefig(paths["svg"], metadata={"Date": None, "Creator": None})
-    figure.savefig(paths["png"], dpi=160, metadata={"Software": None})
     data.to_csv(paths["csv"], index=False, lineterminator="\n")
     return paths
 
@@ -185,13 +191,14 @@ def save(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
 # Parts of figures
 
 
-def _figure(title: str, height: float) -> Figure:
-    """Empty figure of this height in inches, not counting its title."""
+def blank(title: str, height: float) -> Figure:
+    """Empty figure of this height in inches, not counting its title; without a title if that is empty."""
     figure = Figure(
         figsize=(WIDTH, height + 0.2 * (title.count("\n") + 2)), layout="constrained", facecolor="white"
     )
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
     return figure
 
 
@@ -269,13 +276,14 @@ def _error_handles(summary: pd.DataFrame, limits: tuple[float, float]) -> list[A
     return handles
 
 
-def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+def legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Legend below the axes, in one line."""
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5
     )
 
 
-def _say(axes: Axes, text: str) -> None:
+def say(axes: Axes, text: str) -> None:
     """Text in the middle of axes that have nothing to show."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 3.0}
     axes.text(

@@ -119,6 +119,8 @@ def association(
     final = np.isfinite(y)
     if pi is not None:
         _check_probabilities(pi, final)
+        if (~final & (pi == 0)).any():
+            pi = None  # those who had no chance to finish are stood for by nobody
 
     sample = _Sample(x, y, final, Units.of(len(x), labels), labels, resolution, draws)
     stopped = int((~final).sum())

@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,9 +46,14 @@ END_METRICS = (
 
 Row = dict[str, Any]
 
+_TAIL = 2**16
+"""Bytes of a file's end in which its last line is looked for."""
+
 _ROW_FIELDS = {
     "start": {"trial", "attempt", "time", "name", "arm", "axes", "config"},
     "epoch": {"trial", "attempt", "time", "stage", "part", "epoch", "metrics", "genotype"},
+    "mark": {"trial", "attempt", "time", "rung", "probability", "goes_on", "audit"},
+    "note": {"trial", "attempt", "time", "text"},
     "end": {"trial", "attempt", "time", "status", "reason", "genotype", "metrics"},
 }
 _STUDY_FIELDS = {"schema", "study_id", "name", "question", "axis", "reference", "baseline", "arms"}
@@ -61,7 +67,12 @@ class Tables:
     """Content of `study.json`: name, question, arms, reference, baseline, provenance."""
 
     trials: pd.DataFrame
-    """One row per trial: axes, seeds, the machine it ran on, config, status and end metrics."""
+    """One row per trial: axes, seeds, the machine it ran on, config, status and end metrics.
+
+    `completion_probability` is that with which it was to get its final error, over its `marks`, the rungs at
+    which a rule would have stopped it; a trial of the `audit` subset no rule could stop. These are what
+    `analysis.pruning.association` takes as `probability` and `audit`.
+    """
 
     epochs: pd.DataFrame
     """One row per trial, stage, epoch and metric; `value` is NaN where the metric was null."""
@@ -98,44 +109,52 @@ class Tables:
 def append_row(path: Path, row: Mapping[str, object]) -> None:
     """Append one record as a JSON line, on disk when this returns; numbers that are not finite become null.
 
-    A last line torn by a crash is removed first, with a warning: it would spoil the new record.
+    Lines at the end that a crash has torn are removed first, with a warning: they would spoil the new record.
 
     Raises:
+        OSError: the disk is full or gone; the file holds the records that it held.
         TypeError: a value is not JSON; numpy scalars are converted.
     """
     line = json.dumps(_finite(row), allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        _mend(file, path)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("a+b", buffering=0) as file:
+        end = _mend(file, path)
+        try:
+            written = file.write(line)
+            if written < len(line):
+                file.write(line[written:])  # says why, if it is for good
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Records of a JSON lines file, in file order; a last line torn by a crash is left out with a warning.
+    """Records of a JSON lines file, in file order; lines at its end that a crash has torn are left out.
+
+    A warning tells of them.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line before the last is not a JSON object; the message names file and line.
+        ValueError: a line before the last record is not a JSON object; the message names file and line.
     """
-    lines = path.read_bytes().rstrip().split(b"\n")
     rows = []
-    for number, line in enumerate(lines, start=1):
+    torn: tuple[int, ValueError] | None = None
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             row = _parse(line)
         except ValueError as error:
-            if number == len(lines):
-                warnings.warn(
-                    f"{path}, line {number}: left out, torn by a crash while it was written", stacklevel=2
-                )
-                break
+            torn = torn or (number, error)
+            continue
+        if torn is not None:
             raise ValueError(
-                f"{path}, line {number} is not a record: {error}; restore the file, or delete the line"
-            ) from error
+                f"{path}, line {torn[0]} is not a record: {torn[1]}; restore the file, or delete the line"
+            ) from torn[1]
         rows.append(row)
+    if torn is not None:
+        warnings.warn(f"{path}: left out from line {torn[0]} on, torn by a crash", stacklevel=2)
     return rows
 
 
@@ -188,23 +207,27 @@ def _parse(text: bytes) -> Row:
     return value
 
 
-def _mend(file: BinaryIO, path: Path) -> None:
-    """Make an open file end with a whole line."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read() == b"\n":
-        return
-    file.seek(0)
-    content = file.read()
-    start = content.rfind(b"\n") + 1
-    try:
-        _parse(content[start:])
-    except ValueError:
-        warnings.warn(f"{path}: removed its last line, torn by a crash while it was written", stacklevel=3)
-        file.truncate(start)
-    else:
-        file.write(b"\n")
+def _mend(file: FileIO, path: Path) -> int:
+    """Make an open file end with a whole record; returns its length."""
+    size = file.seek(0, os.SEEK_END)
+    window = min(size, _TAIL)
+    while window:
+        file.seek(size - window)
+        tail = file.read()
+        start = tail.rstrip(b"\n").rfind(b"\n") + 1
+        if start == 0 and window < size:
+            window = min(size, 2 * window)  # the last line is longer
+            continue
+        try:
+            _parse(tail[start:])
+        except ValueError:
+            warnings.warn(f"{path}: removed its last line, torn by a crash", stacklevel=3)
+            size -= window - start
+            file.truncate(size)
+            window = min(size, _TAIL)
+        else:
+            return size if tail.endswith(b"\n") else size + (file.write(b"\n") or 0)
+    return size
 
 
 def _finite(value: Any) -> Any:
@@ -223,13 +246,19 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What the rows of one trial say after retries: last start, last end, one row per stage and epoch."""
+    """What the rows of one trial say after retries: last start, last end, one row per epoch and rung."""
 
     start: Row
     started: float
     attempts: int
     epochs: list[Row]
+    marks: list[Row]
     end: Row | None
+    notes: list[str]
+    search: str
+    """The trial that searched: this one, unless genotypes are retrained apart."""
+    retraining: str
+    """The trial that retrained."""
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], path: Path) -> "_Trial":
@@ -247,12 +276,63 @@ class _Trial:
             epochs=list(
                 {(row["stage"], row["epoch"]): row for row in rows if row["kind"] == "epoch"}.values()
             ),
+            marks=list({row["rung"]: row for row in rows if row["kind"] == "mark"}.values()),
             end=end,
+            notes=[row["text"] for row in rows if row["kind"] == "note"],
+            search=path.stem,
+            retraining=path.stem,
+        )
+
+    def retrained(self, other: "_Trial") -> "_Trial":
+        """This search and the retraining of what it found, as if one trial had done both."""
+        mine, theirs = self.start, other.start
+        seed = theirs["config"]["seeds"]["retrain"]
+        config = mine["config"] | {
+            "retrain": theirs["config"]["retrain"],
+            "seeds": mine["config"]["seeds"] | {"retrain": seed},
+        }
+        start = theirs | {
+            "trial": f"{self.id}-{seed}",
+            "name": f"{mine['name']} retrain={seed}",
+            "arm": mine["arm"],
+            "axes": mine["axes"],
+            "config": config,
+        }
+        end = other.end
+        if end is not None:
+            found = {} if self.end is None else self.end["metrics"]
+            # What the retraining says of a search is that it had none.
+            told = {name: value for name, value in end["metrics"].items() if name not in found}
+            own = {name: end["metrics"].get(name) for name in ("retrain_seconds",)}
+            memory = [each.get("peak_memory_mb") for each in (found, end["metrics"])]
+            peak = max((value for value in memory if value is not None), default=None)
+            end = end | {"metrics": found | told | own | {"peak_memory_mb": peak}}
+        return _Trial(
+            start=start,
+            started=min(self.started, other.started),
+            attempts=max(self.attempts, other.attempts),
+            epochs=[*self.epochs, *other.epochs],
+            marks=[*self.marks, *other.marks],
+            end=end,
+            notes=[*self.notes, *other.notes],
+            search=self.id,
+            retraining=other.id,
         )
 
     @property
     def id(self) -> str:
         return str(self.start["trial"])
+
+    @property
+    def completion_probability(self) -> float:
+        """Probability with which the trial was to run to its end, as far as schedulers decide that.
+
+        The product of those at its marks; 0 where it was stopped without one, so by a rule without chance.
+        """
+        stopped = self.end is not None and self.end["status"] == "pruned"
+        if stopped and all(mark["goes_on"] for mark in self.marks):
+            return 0.0
+        return math.prod((float(mark["probability"]) for mark in self.marks), start=1.0)
 
 
 def _check_rows(rows: Sequence[Row], path: Path) -> None:
@@ -269,6 +349,8 @@ def _check_rows(rows: Sequence[Row], path: Path) -> None:
             )
         if row["kind"] == "end" and row["status"] not in STATUSES[:-1]:
             raise ValueError(f"{where} has status {row['status']!r}; use one of {', '.join(STATUSES[:-1])}")
+        if row["kind"] == "mark":
+            _check_mark(row, where)
         for name, value in row.get("metrics", {}).items():
             if value is not None and not isinstance(value, int | float):
                 raise ValueError(f"{where}: metric {name}={value!r} is not a number; use a number or null")
@@ -282,6 +364,22 @@ def _check_rows(rows: Sequence[Row], path: Path) -> None:
         )
 
 
+def _check_mark(row: Row, where: str) -> None:
+    for name in ("goes_on", "audit"):
+        if not isinstance(row[name], bool):
+            raise ValueError(f"{where}: {name}={row[name]!r} must be true or false")
+    for name, high in (("rung", math.inf), ("probability", 1)):
+        value = row[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+            raise ValueError(f"{where}: {name}={value!r} must be a number in [0, {high}]")
+    if row["goes_on"] != bool(row["probability"]) and row["probability"] in (0, 1):
+        raise ValueError(
+            f"{where}: goes_on={row['goes_on']} at probability {row['probability']} cannot be; correct one"
+        )
+    if row["audit"] and not row["goes_on"]:
+        raise ValueError(f"{where}: a trial of the audit subset is not stopped; correct audit or goes_on")
+
+
 def _read_trials(folder: Path, study: Mapping[str, Any]) -> list[_Trial]:
     trials = []
     for path in sorted((folder / "trials").glob("*.jsonl")):
@@ -290,10 +388,27 @@ def _read_trials(folder: Path, study: Mapping[str, Any]) -> list[_Trial]:
             trials.append(_Trial.from_rows(rows, path))
         else:
             warnings.warn(f"{path} holds no record: a crash before its first one; left out", stacklevel=3)
+    trials = _joined(trials)
     order = {
         arm: index for index, arm in enumerate(_arm_order(study, (trial.start["arm"] for trial in trials)))
     }
     return sorted(trials, key=lambda trial: (order[trial.start["arm"]], trial.id))
+
+
+def _joined(trials: Sequence[_Trial]) -> list[_Trial]:
+    """Trials; where genotypes are retrained apart, each retraining with every search that found its own."""
+    searches = {trial.id: trial for trial in trials if not trial.start.get("found_by")}
+    joined, done = [], set()
+    for trial in trials:
+        for search in trial.start.get("found_by", ()):
+            if search not in searches:
+                raise ValueError(
+                    f"trial {trial.id} retrains what search {search} found, whose records are missing; "
+                    f"restore {search}.jsonl"
+                )
+            joined.append(searches[search].retrained(trial))
+            done.add(search)
+    return [*joined, *(trial for name, trial in searches.items() if name not in done)]
 
 
 def _arm_order(study: Mapping[str, Any], used: Iterable[str]) -> tuple[str, ...]:
@@ -374,6 +489,8 @@ def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
     columns = {
         "study_id": _strings(study["study_id"] for _ in trials),
         "trial_id": _strings(trial.id for trial in trials),
+        "search_id": _strings(trial.search for trial in trials),
+        "retraining_id": _strings(trial.retraining for trial in trials),
         "arm": _strings(trial.start["arm"] for trial in trials),
         "name": _strings(trial.start["name"] for trial in trials),
         **{name: _typed(values) for name, values in axes.items()},
@@ -382,6 +499,11 @@ def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
         "status": _strings(end.get("status", "pending") for end in ends),
         "reason": _strings(end.get("reason") for end in ends),
         "attempts": pa.array([trial.attempts for trial in trials], pa.int64()),
+        "notes": _strings("; ".join(trial.notes) or None for trial in trials),
+        "completion_probability": _floats(trial.completion_probability for trial in trials),
+        # Rung 0 only says that a trial is of the audit subset.
+        "marks": pa.array([sum(mark["rung"] > 0 for mark in trial.marks) for trial in trials], pa.int64()),
+        "audit": pa.array([any(mark["audit"] for mark in trial.marks) for trial in trials], pa.bool_()),
         "started": _times(trial.started for trial in trials),
         "ended": _times(end.get("time") for end in ends),
         "genotype": _strings(texts),

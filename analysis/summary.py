@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,57 @@ WIDTH = 100
 
 _MEANS = ("params_m", "skips", "search_seconds", "search_saved_mb", "peak_memory_mb")
 _FAILURES = ("failed", "oom", "diverged")
+_RETRAINED = ("test_", "valid_error", "retrain_seconds")
+"""Columns of results of a retraining, of which a search with several has the mean."""
+
 _REASON_ENDS = (60, 96)
 """Characters of a long reason that are printed, first and last: either may be what a traceback says."""
 
 
+def by_search(tables: Tables) -> Tables:
+    """The tables with one row per search, whose errors are the means over the retrainings of what it found.
+
+    Several retrainings of one network do not make several searches: claims about arms rest on searches. A
+    search counts as completed with its first retraining that was; epochs of retraining are those of its first
+    row, with the seconds of all.
+    """
+    trials = tables.trials
+    if "search_id" not in trials or trials["search_id"].is_unique:
+        return tables
+    results = [name for name in trials if str(name).startswith(_RETRAINED)]
+    done = trials["status"] == "completed"
+    order = trials.assign(_late=~done).sort_values("_late", kind="stable").drop(columns="_late")
+    first = order.groupby("search_id", sort=False).head(1).sort_index()
+    means = trials[done].groupby("search_id")[results].mean()
+    first = first.set_index("search_id", drop=False)
+    first.loc[means.index, results] = means
+    if "completion_probability" in first:
+        chances = trials.groupby("search_id")["completion_probability"]
+        first["completion_probability"] = chances.first().where(chances.nunique() == 1)
+    first = first.reset_index(drop=True)
+    return replace(tables, trials=first, epochs=_epochs_by_search(tables, first))
+
+
+def _epochs_by_search(tables: Tables, first: pd.DataFrame) -> pd.DataFrame:
+    """Epochs of the rows kept; retraining takes the seconds of all rows of the search."""
+    epochs = tables.epochs.astype({"trial_id": str, "stage": str, "key": str})
+    kept_as = dict(zip(first["search_id"], first["trial_id"], strict=True))
+    row_of = {
+        trial: kept_as[search]
+        for trial, search in zip(tables.trials["trial_id"], tables.trials["search_id"], strict=True)
+    }
+    timed = (epochs["stage"] == "retrain") & (epochs["key"] == "seconds")
+    seconds = epochs[timed].assign(trial_id=epochs.loc[timed, "trial_id"].map(row_of))
+    sums = seconds.groupby(["trial_id", "stage", "epoch", "key"], as_index=False, sort=False).first()
+    sums["value"] = (
+        seconds.groupby(["trial_id", "stage", "epoch", "key"], sort=False)["value"].sum().to_numpy()
+    )
+    kept = epochs[~timed & epochs["trial_id"].isin(first["trial_id"])]
+    return pd.concat([kept, sums[kept.columns]], ignore_index=True)
+
+
 def summarise(tables: Tables) -> pd.DataFrame:
-    """One row per arm, in the order of the study.
+    """One row per arm, in the order of the study; runs are searches, whatever the number of retrainings.
 
     Columns:
         arm, role: its name, and `reference`, `baseline` or nothing.
@@ -37,6 +83,7 @@ def summarise(tables: Tables) -> pd.DataFrame:
         n_unique: different final networks, counted by genotype key.
         failure: reason of the first trial that failed, shortened.
     """
+    tables = by_search(tables)
     return pd.DataFrame([_summary(tables, arm) for arm in tables.arms])
 
 
@@ -45,12 +92,34 @@ def rows(summary: pd.DataFrame) -> Iterable[Any]:
     return summary.itertuples()
 
 
-def claims(tables: Tables) -> list[str]:
-    """Plain sentences on what the study shows: each arm against the reference arm and against random.
+@dataclass(frozen=True)
+class Claim:
+    """The claim that one arm errs less than another, and what the study says to it."""
 
-    The claim judged is always that the arm errs less. All comparisons form one family for Holm's adjustment,
-    except those that get no verdict: of arms whose finished runs are not a sample of independent ones.
+    arm: str
+    other: str
+
+    difference: Difference | None
+    """Of test errors in percentage points; None where an arm has no finished run."""
+
+    adjusted_p: float | None
+    """By Holm's method over all claims that can be judged; None for those that cannot."""
+
+    doubt: str | None
+    """Why the finished runs allow no verdict, if so."""
+
+    verdict: str
+    sentence: str
+    """All of it in plain words."""
+
+
+def judged(tables: Tables) -> tuple[Claim, ...]:
+    """Each arm against the reference arm and against random; the claim is always that the arm errs less.
+
+    All comparisons form one family for Holm's adjustment, except those that get no verdict: of arms whose
+    finished runs are not a sample of independent ones.
     """
+    tables = by_search(tables)
     pairs = _pairs(tables)
     results = {pair: _compared(tables, *pair) for pair in pairs}
     doubts = {pair: _doubt(tables, pair) for pair in pairs}
@@ -60,12 +129,24 @@ def claims(tables: Tables) -> list[str]:
         if result and result.p is not None and not doubts[pair]
     }
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    sentences = [_counts(tables)]
-    sentences += [_claim(tables, pair, results[pair], adjusted.get(pair), doubts[pair]) for pair in pairs]
-    if p_values:
+    found = []
+    for pair in pairs:
+        result, p = results[pair], adjusted.get(pair)
+        answer = "no verdict" if doubts[pair] else verdict(result, p) if result else "undecided at n=0"
+        sentence = _claim(tables, pair, result, p, doubts[pair])
+        found.append(Claim(*pair, result, p, doubts[pair], answer, sentence))
+    return tuple(found)
+
+
+def claims(tables: Tables) -> list[str]:
+    """Plain sentences on what the study shows: the counts, what `judged` says, and what limits it."""
+    tables = by_search(tables)
+    found = judged(tables)
+    sentences = [_counts(tables), *(claim.sentence for claim in found)]
+    if judgeable := sum(claim.adjusted_p is not None for claim in found):
         sentences.append(
             "Intervals are 95 % Welch intervals, each on its own; p is adjusted by Holm's method over "
-            f"{_count(len(p_values), 'comparison')}; a claim is decided where p < 0.05."
+            f"{_count(judgeable, 'comparison')}; a claim is decided where p < 0.05."
         )
     if tables.baseline is None:
         sentences.append(

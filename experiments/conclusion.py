@@ -4,6 +4,7 @@ from pathlib import Path
 
 from analysis import plots, records, summary
 from experiments.folder import files
+from experiments.tracking import DRAWING
 from nas.draw import genotype_png, genotype_svg
 from nas.genotype import Genotype
 
@@ -19,14 +20,15 @@ def conclude(folder: Path) -> tuple[list[Path], str]:
     claims = summary.claims(tables)
     figures = folder / "figures"
     written = list(tables_written.values())
-    drawn = [
-        ("error_by_arm", plots.error_by_arm(tables), plots.error_data(tables)),
-        ("curves", plots.curves(tables), plots.curve_data(tables)),
-        ("error_by_size", plots.error_by_size(tables), plots.size_data(tables)),
-    ]
-    for stem, figure, data in drawn:
-        written += plots.save(figure, figures / stem, data).values()
-    written += _draw_cells(folder, tables)
+    with DRAWING:  # Matplotlib's settings are the process's, and tracking draws as well
+        drawn = [
+            ("error_by_arm", plots.error_by_arm(tables), plots.error_data(tables)),
+            ("curves", plots.curves(tables), plots.curve_data(tables)),
+            ("error_by_size", plots.error_by_size(tables), plots.size_data(tables)),
+        ]
+        for stem, figure, data in drawn:
+            written += plots.save(figure, figures / stem, data).values()
+        written += _draw_cells(folder, tables)
     print(f"\n{summary.render(result)}")
     if tables.study.get("joint"):
         print(summary.render_chosen(summary.chosen(tables)))

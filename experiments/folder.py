@@ -1,9 +1,12 @@
 """The folder of a study: which one a command means, whether it may go on there, and what has ended in it."""
 
 import argparse
+import fcntl
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,39 +73,51 @@ def resumed(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
         )
     if before["git_commit"] != after["git_commit"]:
         print(f"note: the study began at commit {before['git_commit']}, this is {after['git_commit']}")
-    if held["scheduler"] != "fifo":
-        print(f"note: {held['scheduler']} has forgotten earlier trials, so it may decide otherwise now")
+    if held["scheduler"] in ("hyperband", "pbt"):
+        print(f"note: {held['scheduler']} compares trials of one run, so it may decide otherwise now")
     return held
 
 
-def finished(folder: Path) -> set[str]:
-    """Trials whose end has been recorded."""
-    return {row["trial"] for row in _ends(folder) if row["status"] in FINISHED}
+@dataclass(frozen=True)
+class Past:
+    """What earlier runs recorded of one trial."""
+
+    start: dict[str, Any]
+    """Its last start row."""
+    status: str | None
+    """How it ended; None while it has not."""
+    epochs: int
+    """Epochs recorded, each counted once."""
+    genotype: str | None
+    """What it ended with."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether `--resume` leaves it alone."""
+        return self.status in FINISHED
 
 
-def finished_arm(folder: Path, arm: str) -> int:
-    """Number of an arm's trials whose end has been recorded."""
-    starts = {
-        row["trial"]: row["arm"]
-        for path in files(folder)
-        for row in records.read_rows(path)
-        if row["kind"] == "start"
-    }
-    return sum(starts.get(trial) == arm for trial in finished(folder))
+def past(folder: Path) -> dict[str, Past]:
+    """What earlier runs recorded, by trial."""
+    found = {}
+    for path in files(folder):
+        rows = records.read_rows(path)
+        starts = [row for row in rows if row["kind"] == "start"]
+        if starts:
+            epochs = {(row["stage"], row["epoch"]) for row in rows if row["kind"] == "epoch"}
+            status = genotype = None
+            for row in rows:
+                if row["kind"] == "end":
+                    status, genotype = row["status"], row["genotype"]
+                elif row["kind"] == "start" and status != "completed":
+                    status = None  # it was tried again
+            found[path.stem] = Past(starts[-1], status, len(epochs), genotype)
+    return found
 
 
 def files(folder: Path) -> list[Path]:
     """The files that hold the rows of trials."""
     return sorted((folder / "trials").glob("*.jsonl"))
-
-
-def _ends(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in files(folder) for row in records.read_rows(path) if row["kind"] == "end"]
-
-
-def last_ends(folder: Path) -> dict[str, dict[str, Any]]:
-    """The last end row of every trial that has one, by trial."""
-    return {row["trial"]: row for row in _ends(folder)}
 
 
 def write_study(folder: Path, meta: Mapping[str, Any]) -> None:
@@ -111,3 +126,20 @@ def write_study(folder: Path, meta: Mapping[str, Any]) -> None:
     if not path.exists():
         path.with_suffix(".tmp").write_text(json.dumps(meta, indent=2) + "\n")
         path.with_suffix(".tmp").rename(path)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Context in which no other process can run the study of `folder`; a killed one holds it no more.
+
+    Raises:
+        FileExistsError: another process runs it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{folder} is being run by another process; wait for its end, or stop it"
+            ) from error
+        yield

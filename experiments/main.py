@@ -5,34 +5,41 @@ import os
 import shlex
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
+from analysis import records
 from experiments.conclusion import conclude
-from experiments.folder import finished, finished_arm, last_ends, resumed, study_folder, write_study
+from experiments.estimate import describe
+from experiments.folder import Past, files, held, past, resumed, study_folder, write_study
 from experiments.packing import Packing
 from experiments.provenance import provenance
 from experiments.recorder import Progress, Recorder
+from experiments.stopping import Rungs, SchedulerName, Stopping
 from experiments.study import (
+    POLICY,
     SEEDS,
     SHORT,
     Batch,
     Joint,
     Planned,
+    Policy,
     Preset,
     Resources,
-    SchedulerName,
     Settings,
     Study,
     parse_changes,
     plan,
     resolve,
+    retrainings,
+    searches,
     settable,
     stages_at,
     study_id,
@@ -40,9 +47,18 @@ from experiments.study import (
 from experiments.tracking import Tracker, default_uri, ui_command
 from nas.data import Arrays, Data, load
 from nas.footprint import DataShape
+from nas.genotype import Genotype
+from nas.methods import Method
 from nas.papers import PAPERS
 from nas.retrain import check_retrain
+from nas.searchers import RandomGenotype
 from nas.trial import Trial
+
+if TYPE_CHECKING:
+    from experiments import tune
+
+PAUSED = 3
+"""Exit code of a study that cannot write to its folder."""
 
 
 def parser(study: Study) -> argparse.ArgumentParser:
@@ -72,6 +88,12 @@ def parser(study: Study) -> argparse.ArgumentParser:
         help=f"seeds of each arm (default {', '.join(f'{k} {v}' for k, v in SEEDS.items())})",
     )
     add(
+        "--retrain-seeds",
+        type=int,
+        metavar="N",
+        help="search first, then retrain each different genotype N times (default: trials retrain their own)",
+    )
+    add(
         "--batch",
         choices=get_args(Batch),
         default="fixed",
@@ -81,7 +103,31 @@ def parser(study: Study) -> argparse.ArgumentParser:
         "--scheduler",
         choices=get_args(SchedulerName),
         default="fifo",
-        help="early stopping; counts retraining epochs only (default: none)",
+        help="early stopping (default: none)",
+    )
+    add(
+        "--rungs",
+        choices=get_args(Rungs),
+        default="retrain_epoch",
+        help="what it counts, and so what it compares: retrainings, at equal epochs (default) or at equal "
+        "seconds of search and retraining; or searches, of one space and stage each",
+    )
+    add("--first-rung", type=float, metavar="X", help="where it begins (default: a share of the epochs)")
+    add("--last-rung", type=float, metavar="X", help="where it ends (default: the last epoch)")
+    add(
+        "--random-completion",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="probability with which a trial goes on that asha or median would stop; recorded, so that "
+        "correlations can be corrected for what was stopped (0.15 is usual)",
+    )
+    add(
+        "--audit",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the trials, drawn at random, that asha or median let go on to the end",
     )
     add(
         "--set",
@@ -109,6 +155,31 @@ def parser(study: Study) -> argparse.ArgumentParser:
         "trial fits on, where there are GPUs)",
     )
     add("--max-concurrent", type=int, metavar="N", help="trials at once, at most")
+    add(
+        "--checkpoint-seconds",
+        type=float,
+        default=POLICY.checkpoint_seconds,
+        metavar="S",
+        help="work of a trial that a loss may cost, besides its running epoch (default %(default)g)",
+    )
+    add(
+        "--max-failures",
+        type=int,
+        default=POLICY.max_failures,
+        metavar="N",
+        help="how often a trial that lost its worker or node starts again; -1 as often as it takes "
+        "(default %(default)s)",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="let GPUs use only algorithms that repeat bit for bit; slower there, nothing on CPUs",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="list the trials with their resources, estimate time and disk, and run nothing",
+    )
     add(
         "--resume", action="store_true", help="go on with the study in --out, or with the latest of this name"
     )
@@ -149,6 +220,13 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
             f"\nstopped; the same command with --resume --out {job.folder} goes on from here", file=sys.stderr
         )
         raise SystemExit(130) from None
+    except OSError as error:
+        print(
+            f"\npaused: {error}; what was recorded is kept. Make room, then the same command with "
+            f"--resume --out {job.folder} goes on from here",
+            file=sys.stderr,
+        )
+        raise SystemExit(PAUSED) from error
 
 
 @dataclass(frozen=True)
@@ -165,12 +243,25 @@ class Job:
     shape: DataShape
     folder: Path
     meta: Mapping[str, Any]
+    past: Mapping[str, Past]
+    """What earlier runs recorded, by trial."""
 
     @property
     def resources(self) -> Resources:
         """What the study may use."""
         o = self.options
         return Resources(o.address, o.cpus_per_trial, o.gpus_per_trial, o.max_concurrent)
+
+    @property
+    def stopping(self) -> Stopping:
+        """How trials are stopped early."""
+        return _stopping(self.options)
+
+    @property
+    def policy(self) -> Policy:
+        """How the study deals with what is lost."""
+        o = self.options
+        return Policy(o.checkpoint_seconds, o.max_failures, o.deterministic)
 
 
 def prepare(study: Study, options: argparse.Namespace) -> Job:
@@ -185,7 +276,14 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     changes = parse_changes(options.changes)
     objectives = tuple(options.objectives) if study.joint else ()
     settings = Settings(
-        options.preset, options.data, options.seeds, options.batch, changes, options.scheduler, objectives
+        options.preset,
+        options.data,
+        options.seeds,
+        options.batch,
+        changes,
+        _stopping(options),
+        objectives,
+        options.retrain_seeds,
     )
     # Refuses a wrong field or value before the data is read.
     planned = plan(study, replace(settings, batch="fixed"))
@@ -198,9 +296,11 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     folder = study_folder(study, options, identity)
     joint_trials = _joint_trials(study, options)
     meta = _describe(study, options, base, planned, arrays, identity)
+    recorded = {}
     if options.resume:
         meta = resumed(folder, meta)
-    return Job(study, settings, options, base, planned, joint_trials, arrays, shape, folder, meta)
+        recorded = past(folder)
+    return Job(study, settings, options, base, planned, joint_trials, arrays, shape, folder, meta, recorded)
 
 
 def run(job: Job) -> None:
@@ -208,43 +308,117 @@ def run(job: Job) -> None:
     # Ray takes seconds to import, so wrong input is refused before.
     from experiments import cluster, tune, worker
 
-    options, folder = job.options, job.folder
-    done = finished(folder) if options.resume else set()
-    todo = [p for p in job.planned if p.trial.id not in done]
-    remaining = job.joint_trials - (finished_arm(folder, "searched") if options.resume else 0)
+    options, folder, recorded = job.options, job.folder, job.past
+    first = searches(job.planned) if job.settings.retrain_seeds else job.planned
+    todo = _unfinished(first, recorded)
+    begun = _begun(recorded)
+    remaining = max(0, job.joint_trials - sum(one.start["arm"] == "searched" for one in recorded.values()))
+    finished = sum(one.finished for one in recorded.values())
     print(job.study.question)
-    print(f"{len(job.planned) + job.joint_trials} trials, {len(done)} finished before, in {folder}")
+    print(f"{len(first) + job.joint_trials} trials, {finished} finished before, in {folder}")
     try:
         cluster.connect(job.resources)
         cluster.check_resources(job.resources)
         packing = Packing(job.resources, cluster.machine(job.resources), job.shape, _images_mb(job.arrays))
-        possible = [*todo, *(tune.corners(_joint(job)) if remaining > 0 else [])]
-        if remaining > 0:
+        possible = [*todo, *begun, *(tune.corners(_joint(job)) if remaining else [])]
+        if remaining:
             print(f"counting the memory of {len(possible)} configurations, which takes a second or more each")
-        said = packing.describe(possible, len(todo) + max(0, remaining)) if possible else []
+        said = packing.describe(possible, len(todo) + len(begun) + remaining) if possible else []
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print("\n".join(said))
+    if options.dry_run:
+        print("\n".join(_foreseen(job, [*todo, *begun], remaining, packing)))
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    write_study(folder, {**job.meta, "packing": said})
-    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
-    tracker = Tracker(uri, job.meta, folder)
-    tracker.open()
-    recorder = Recorder(folder, tracker, Progress(todo, job.base, max(0, remaining)))
-    place = tune.Place(packing, {worker.data_key(job.base): job.arrays}, recorder, folder)
-    try:
-        if todo:
-            restore = tune.newest_checkpoints(folder, [p.trial.id for p in todo]) if options.resume else {}
-            tune.run_planned(todo, place, "fifo" if job.study.joint else options.scheduler, restore)
-        if remaining > 0:
-            tune.run_joint(_joint(job), remaining, options.objectives, place)
-    finally:
-        artifacts, text = conclude(folder)
-        tracker.close(artifacts, text)
+    with held(folder):
+        write_study(folder, {**job.meta, "packing": said})
+        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
+        tracker = Tracker(uri, records.read_study(folder), folder)
+        tracker.open()
+        progress = Progress([*todo, *begun], job.base, remaining, _epochs_of(recorded))
+        recorder = Recorder(folder, tracker, progress, repeats=options.scheduler != "pbt")
+        data = {worker.data_key(job.base): job.arrays}
+        place = tune.Place(packing, data, recorder, folder, job.policy)
+        try:
+            if todo:
+                tune.run_planned(todo, place, job.stopping, _rows(folder))
+            if job.settings.retrain_seeds:
+                _retrain(job, place, recorder)
+            if begun or remaining:
+                tune.run_joint(_joint(job), begun, remaining, options.objectives, place)
+        except OSError:
+            tracker.close()
+            raise
+        except BaseException:
+            tracker.close(*conclude(folder))
+            raise
+        tracker.close(*conclude(folder))
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
-    if any(row["status"] == "failed" for row in last_ends(folder).values()):
+    if any(one.status == "failed" for one in past(folder).values()):
         raise SystemExit(1)
+
+
+def _foreseen(job: Job, todo: Sequence[Planned], remaining: int, packing: Packing) -> list[str]:
+    """What is left of a study, trial by trial, and what it will take."""
+    chosen = [Planned(f"searched {number}", "searched", {}, job.base) for number in range(remaining)]
+    apart: list[Planned] = []
+    for seed in range(job.settings.retrain_seeds or 0):
+        # At most: searches may find the same genotypes.
+        for p in job.planned:
+            seeds = replace(p.trial.seeds, retrain=seed)
+            genotype = Method(searcher=RandomGenotype())
+            trial = replace(p.trial, method=genotype, search=(), seeds=seeds, measure=())
+            apart.append(Planned(f"what {p.name} finds, retrain={seed}", "retrained", {}, trial))
+    trials = [*todo, *chosen, *apart]
+    if not trials:
+        return ["nothing is left to run"]
+    device = torch.device("cuda" if packing.share(job.base).gpus and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(packing.share(job.base).threads)
+    return describe(trials, packing, job.arrays, device)
+
+
+def _retrain(job: Job, place: "tune.Place", recorder: Recorder) -> None:
+    """The second phase of a study that retrains each different genotype, however often it was found."""
+    from experiments import tune
+
+    recorded = past(job.folder)
+    texts = {trial: one.genotype for trial, one in recorded.items() if one.status == "completed"}
+    found = {trial: Genotype.parse(text) for trial, text in texts.items() if text is not None}
+    planned = retrainings(job.planned, found, job.settings.retrain_seeds or 0)
+    todo = _unfinished(planned, recorded)
+    print(
+        f"{len({p.axes['genotype'] for p in planned})} different genotypes found by "
+        f"{len({each for p in planned for each in p.found_by})} searches; {len(planned)} retrainings, "
+        f"{len(planned) - len(todo)} finished before"
+    )
+    if todo:
+        print("\n".join(place.packing.describe(todo, len(todo))))
+        recorder.progress = Progress(todo, job.base, 0, _epochs_of(recorded))
+        tune.run_planned(todo, place, job.stopping, _rows(job.folder))
+
+
+def _unfinished(planned: Sequence[Planned], recorded: Mapping[str, Past]) -> list[Planned]:
+    return [p for p in planned if not (p.trial.id in recorded and recorded[p.trial.id].finished)]
+
+
+def _epochs_of(recorded: Mapping[str, Past]) -> dict[str, int]:
+    return {trial: one.epochs for trial, one in recorded.items()}
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    return chain.from_iterable(map(records.read_rows, files(folder)))
+
+
+def _begun(recorded: Mapping[str, Past]) -> list[Planned]:
+    """Trials that a joint search chose and that have not ended."""
+    starts = [one.start for one in recorded.values() if not one.finished]
+    return [
+        Planned(start["name"], start["arm"], start["axes"], Trial.from_dict(start["config"]))
+        for start in starts
+        if start["arm"] == "searched"
+    ]
 
 
 def _images_mb(arrays: Arrays) -> float:
@@ -274,6 +448,7 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.max_concurrent is not None and options.max_concurrent < 1:
         raise ValueError(f"--max-concurrent {options.max_concurrent} must be at least 1")
+    Policy(options.checkpoint_seconds, options.max_failures)
     if getattr(options, "trials", None) is not None and options.trials < 1:
         raise ValueError(f"--trials {options.trials} must be at least 1")
 
@@ -285,22 +460,44 @@ def _check_selection(study: Study, options: argparse.Namespace, base: Trial) -> 
         raise ValueError(
             f"--scheduler {name} compares retraining epochs, and {base.retrain.epochs} is too few; use fifo"
         )
+    stopping = _stopping(options)
+    stages = [stage.epochs for stage in base.search]
+    stopping.check(max(stages, default=1) if stopping.rungs == "search_epoch" else base.retrain.epochs)
     if study.joint and name != "fifo":
         raise ValueError(
             f"--scheduler {name}: Optuna would take the error of a trial stopped early for its last; use fifo"
         )
+    if options.retrain_seeds is not None:
+        if options.retrain_seeds < 1:
+            raise ValueError(f"--retrain-seeds {options.retrain_seeds} must be at least 1")
+        if study.joint or name == "pbt":
+            other = (
+                "a joint search learns from each trial's own retraining"
+                if study.joint
+                else ("--scheduler pbt copies trials, and those retrained apart differ in their genotypes")
+            )
+            raise ValueError(f"--retrain-seeds {options.retrain_seeds}: {other}; leave it out")
     if study.joint and options.batch != "fixed":
         raise ValueError(
             f"--batch {options.batch} matches the arms of a sweep, and a joint search has none; use fixed"
         )
-    if name == "pbt" and not hasattr(base.retrain.lr, "start"):
-        raise ValueError("--scheduler pbt changes retrain.lr.start, which this schedule lacks; use a cosine")
     chooser = "a joint search" if study.joint else f"--scheduler {options.scheduler}"
     if (study.joint or options.scheduler != "fifo") and base.data.valid == 0:
         raise ValueError(
             f"{chooser} compares validation errors, but this recipe holds no image out; "
             "add --set data.valid=0.1"
         )
+
+
+def _stopping(options: argparse.Namespace) -> Stopping:
+    return Stopping(
+        scheduler=options.scheduler,
+        rungs=options.rungs,
+        first=options.first_rung,
+        last=options.last_rung,
+        random_completion=options.random_completion,
+        audit=options.audit,
+    )
 
 
 def _check_data(arrays: Arrays, base: Trial, planned: Sequence[Planned]) -> DataShape:
@@ -348,6 +545,8 @@ def _describe(
         "arms": arms,
         "joint": bool(study.joint),
         "scheduler": options.scheduler,
+        "stopping": asdict(_stopping(options)),
         "batch": options.batch,
+        "retrain_seeds": options.retrain_seeds,
         "provenance": provenance(arrays.name, arrays.sha256, base.to_dict()),
     }

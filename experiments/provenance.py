@@ -1,11 +1,13 @@
 """Provenance: what a result was made with."""
 
 import hashlib
+import importlib
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,33 @@ def provenance(data_name: str, data_sha256: str, config: Mapping[str, Any]) -> d
         "data_sha256": data_sha256,
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
     }
+
+
+CODE = ("analysis", "experiments", "nas")
+"""Packages of this project that a trial runs, or that read what it recorded."""
+
+
+@cache
+def fingerprint() -> Mapping[str, str | None]:
+    """What must be alike wherever trials of one study run: Python, Ray, PyTorch and this project's code.
+
+    The code is that which this process imports, as it was when first asked for.
+    """
+    digest = hashlib.sha256()
+    for package in CODE:
+        (root,) = map(Path, importlib.import_module(package).__path__)
+        for path in sorted(root.rglob("*.py")):
+            content = path.read_bytes()
+            name = f"{package}/{path.relative_to(root).as_posix()}"
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    versions = {name: _version(name) for name in ("ray", "torch")}
+    return {"python": platform.python_version(), **versions, "code": digest.hexdigest()[:12]}
+
+
+def differences(here: Mapping[str, str | None], there: Mapping[str, str | None]) -> str:
+    """What of two fingerprints differs, in words: `torch 2.13.0 instead of 2.14.1`; empty if nothing does."""
+    names = [name for name in here if here[name] != there.get(name)]
+    return ", ".join(f"{name} {there.get(name)} instead of {here[name]}" for name in names)
 
 
 def _git(*arguments: str) -> str | None:

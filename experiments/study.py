@@ -6,23 +6,24 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any, Literal
 
+from experiments.stopping import FIFO, Stopping
 from nas.config import override, parse_value, paths
 from nas.footprint import DataShape
+from nas.genotype import Genotype
 from nas.methods import Method
 from nas.metrics import saved_bytes_per_image, uniform_gates
 from nas.papers import RECIPES, laptop, on_digits, tiny
 from nas.schedule import Constant, Cosine, Exponential, Linear, LinearTail
 from nas.search import SearchStage
-from nas.searchers import RandomGenotype
+from nas.searchers import Given, RandomGenotype
 from nas.spaces.cell import SPACES
 from nas.streams import seeded
 from nas.trial import Seeds, Trial
 
-SchedulerName = Literal["fifo", "asha", "hyperband", "median", "pbt"]
 Preset = Literal["tiny", "laptop", "paper"]
 Batch = Literal["fixed", "memory_matched"]
 PRESETS: dict[str, Callable[[Trial], Trial]] = {"tiny": tiny, "laptop": laptop, "paper": lambda trial: trial}
@@ -100,6 +101,8 @@ class Planned:
     arm: str
     axes: Mapping[str, Any]
     trial: Trial
+    found_by: tuple[str, ...] = ()
+    """Searches that found what this trial only retrains, by trial id."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ class Settings:
     seeds: int | None = None
     batch: Batch = "fixed"
     changes: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: SchedulerName = "fifo"
+    stopping: Stopping = FIFO
     objectives: tuple[str, ...] = ()
     """What a joint search minimises."""
+    retrain_seeds: int | None = None
+    """How often each different genotype is retrained, after all searches; None retrains with each search."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,31 @@ class Resources:
     gpus_per_trial: float | None = None
     """GPUs of a trial; None takes the share of one that it fits on, where there are GPUs."""
     max_concurrent: int | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a study deals with what is lost."""
+
+    checkpoint_seconds: float = 60.0
+    """A trial is saved at each stage's end, and at the first epoch to end this long after the last save."""
+    max_failures: int = 3
+    """How often a trial that lost its worker, its node or its disk starts again; -1 is without limit."""
+    deterministic: bool = False
+    """Whether a GPU may use only algorithms that give the same bits every time."""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint_seconds >= 0:
+            raise ValueError(
+                f"--checkpoint-seconds {self.checkpoint_seconds:g} must be at least 0, to save every epoch"
+            )
+        if self.max_failures < -1:
+            raise ValueError(
+                f"--max-failures {self.max_failures} must be at least 0, or -1 for as often as it takes"
+            )
+
+
+POLICY = Policy()
 
 
 @dataclass(frozen=True)
@@ -196,6 +226,47 @@ def plan(study: Study, settings: Settings, shape: DataShape | None = None) -> li
     return planned
 
 
+def searches(planned: Sequence[Planned]) -> list[Planned]:
+    """The searches of planned trials, with nothing retrained."""
+    return [
+        replace(
+            p,
+            trial=replace(
+                p.trial,
+                retrain=replace(p.trial.retrain, epochs=0),
+                seeds=replace(p.trial.seeds, retrain=0),
+            ),
+        )
+        for p in planned
+    ]
+
+
+def retrainings(planned: Sequence[Planned], found: Mapping[str, Genotype], seeds: int) -> list[Planned]:
+    """Retrainings of what the searches of `planned` found, by the id of a search: each network `seeds` times.
+
+    Genotypes that only write one network in different ways are retrained once, in their canonical form.
+    """
+    groups: dict[Trial, list[str]] = {}
+    for p, search in zip(planned, searches(planned), strict=True):
+        if (genotype := found.get(search.trial.id)) is not None:
+            trial = replace(
+                p.trial,
+                method=Method(searcher=Given(str(genotype.canonical()))),
+                search=(),
+                measure=(),
+                seeds=replace(p.trial.seeds, search=0, retrain=0),
+            )
+            groups.setdefault(trial, []).append(search.trial.id)
+    apart = []
+    for trial, ids in groups.items():
+        key = found[ids[0]].key
+        for seed in range(seeds):
+            retrained = replace(trial, seeds=replace(trial.seeds, retrain=seed))
+            axes = {"genotype": key, "retrain_seed": seed}
+            apart.append(Planned(f"{key} retrain={seed}", "retrained", axes, retrained, tuple(ids)))
+    return apart
+
+
 def resolve(trial: Trial, settings: Settings) -> Trial:
     """`trial` at the size of the preset, on the user's data, with the user's changes."""
     trial = PRESETS[settings.preset](trial)
@@ -211,7 +282,7 @@ def baseline(study: Study, settings: Settings) -> Trial:
     base = resolve(study.base, settings)
     searcher, varied = base.method.searcher, {one.name for one in study.axes} | set(study.joint)
     # A capped method is compared with random cells under the same cap, unless the cap is the question.
-    cap = searcher.max_skip if "M" not in varied else None
+    cap = searcher.max_skip if "M" not in varied and not isinstance(searcher, Given) else None
     return replace(base, method=Method(searcher=RandomGenotype(max_skip=cap)), search=())
 
 
@@ -256,6 +327,10 @@ def _check_changes(study: Study, changes: Mapping[str, Any]) -> None:
                 raise ValueError(f"--set {name}: the study {study.name} varies {label} itself; leave it out")
         if name.startswith(("seeds.search", "seeds.retrain")):
             raise ValueError(f"--set {name}: seeds are counted by --seeds; only seeds.split can be set")
+        if name == "retrain.epochs" and changes[name] == 0:
+            raise ValueError(
+                "--set retrain.epochs=0 must be at least 1: trials are judged by their final error"
+            )
         if name == "data.source":
             raise ValueError("--set data.source: use --data")
 
@@ -325,7 +400,7 @@ def study_id(study: Study, settings: Settings, planned: Sequence[Planned]) -> st
     """12 hex digits that two runs share when they are one study: same question and trials, stopped alike."""
     joint = {name: repr(domain) for name, domain in study.joint.items()}
     base = resolve(study.base, settings).id
-    chosen = [settings.scheduler, *settings.objectives]
+    chosen = [asdict(settings.stopping), settings.retrain_seeds, *settings.objectives]
     text = json.dumps([study.name, settings.preset, base, joint, chosen, sorted(p.trial.id for p in planned)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

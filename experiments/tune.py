@@ -3,11 +3,14 @@
 What a trial does is in `nas.trial`; what is recorded leaves here as plain rows through a `Recorder`.
 """
 
+import errno
+import os
 import random
+import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,14 +19,18 @@ from typing import Any, Protocol
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search.optuna import OptunaSearch
 
+from analysis import records
+from experiments.checkpoints import Checkpoints
 from experiments.packing import Packing, Share
-from experiments.schedulers import PBT_FIELDS, scheduler
-from experiments.study import Joint, Planned, SchedulerName
-from experiments.worker import CHECKPOINT, METRIC, TIME, TrialActor, configuration, described, resolve
+from experiments.schedulers import pbt_start, scheduler
+from experiments.stopping import FIFO, Stopping
+from experiments.study import POLICY, Joint, Planned, Policy
+from experiments.worker import METRIC, TIME, TrialActor, configuration, described, resolve
 from nas.data import Arrays
 from nas.streams import stream_seed
 
@@ -44,6 +51,12 @@ class Place:
     """Data sets by `data_key`."""
     recorder: Recorder
     folder: Path
+    policy: Policy = POLICY
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of all trials."""
+        return self.folder.resolve() / "checkpoints"
 
 
 class Forward(tune.Callback):
@@ -54,16 +67,14 @@ class Forward(tune.Callback):
         self.planned: dict[str, dict[str, Any]] = {}
         """By Tune's id what was planned; PBT later puts another trial's configuration in its place."""
         self.last: dict[str, dict[str, Any]] = {}
-        self.genotypes: dict[str, str] = {}
+        """The last row of every trial that has not ended, and its last genotype."""
+        self.ended: set[str] = set()
+        self.broken: OSError | None = None
+        """Why nothing more can be recorded."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore of its own; here records say what is done.
         return {}
-
-    @property
-    def ended(self) -> int:
-        """How many trials have ended, in whatever way."""
-        return sum(row["kind"] == "end" for row in self.last.values())
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Remember what the trial was planned to be."""
@@ -80,43 +91,58 @@ class Forward(tune.Callback):
                 if row["kind"] == "start":
                     row |= {"name": planned["name"], "arm": planned["arm"]}
                     row["axes"] |= planned["axes"]
-            self.recorder.row(row)
-            self.last[trial.trial_id] = row
-            if row.get("genotype"):
-                self.genotypes[trial.trial_id] = row["genotype"]
+            self._record(trial, row)
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         """A trial without an end was stopped by the scheduler."""
-        self._close(
-            trial,
-            "pruned",
-            f"stopped by the scheduler after {trial.last_result.get(TIME, 0)} retraining epochs",
-        )
+        epochs = trial.last_result.get(TIME)
+        after = f"{epochs} retraining epochs" if epochs else "some epochs of its search"
+        self._close(trial, "pruned", f"stopped by the scheduler after {after}")
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A trial ended in an error that retrying did not cure."""
-        error = trial.get_error()
-        self._close(trial, "failed", " ".join(str(error).split())[-500:] if error else "worker lost")
+        reason = " ".join(str(trial.get_error() or "worker lost").split())
+        killed = any(word in reason for word in ("OutOfMemoryError", "running low on memory"))
+        again = f"started {trial.num_failures} times: " if trial.num_failures > 1 else ""
+        self._close(trial, "oom" if killed else "failed", again + reason[-500:])
 
     def _close(self, trial: TuneTrial, status: str, reason: str) -> None:
-        last = self.last.get(trial.trial_id, {})
-        if last.get("kind") == "end":
+        if trial.trial_id in self.ended or self.broken is not None:
             return
-        started = {} if last else self._unstarted(trial)
+        last = self.last.get(trial.trial_id) or self._unstarted(trial)
         row = {
             "kind": "end",
-            "trial": last.get("trial") or started["trial"],
-            "attempt": last.get("attempt") or started["attempt"],
+            "trial": last["trial"],
+            "attempt": last["attempt"],
             "time": time.time(),
             "status": status,
             "reason": reason,
-            "genotype": self.genotypes.get(trial.trial_id),
+            "genotype": last.get("genotype"),
             "metrics": {},
         }
-        self.recorder.row(row)
-        self.last[trial.trial_id] = row
+        self._record(trial, row)
+
+    def _record(self, trial: TuneTrial, row: dict[str, Any]) -> None:
+        if self.broken is None:
+            try:
+                self.recorder.row(row)
+            except OSError as error:
+                # Tune would take it for a failure of the trial. Its checkpoint tells the row again.
+                self.broken = error
+        if self.broken is not None:
+            return
+        if row["kind"] == "end":
+            self.ended.add(trial.trial_id)
+            self.last.pop(trial.trial_id, None)
+        elif trial.trial_id not in self.ended:
+            genotype = row.get("genotype") or self.last.get(trial.trial_id, {}).get("genotype")
+            self.last[trial.trial_id] = {
+                "trial": row["trial"],
+                "attempt": row["attempt"],
+                "genotype": genotype,
+            }
 
     def _unstarted(self, trial: TuneTrial) -> dict[str, Any]:
         """Record the start of a trial that failed before its first epoch."""
@@ -129,8 +155,23 @@ class Forward(tune.Callback):
             **described(planned),
             "host": None,
         }
-        self.recorder.row(row)
+        self._record(trial, row)
         return row
+
+
+class Halt(tune.Stopper):
+    """Ends a run that can record nothing more: what trials did from then on would be lost."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether one trial is to stop."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all are to stop."""
+        return self.forward.broken is not None
 
 
 class RetrainOptuna(OptunaSearch):
@@ -142,49 +183,90 @@ class RetrainOptuna(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
 
+FULL = 2**20
+"""Bytes that are left of a disk when it counts as full."""
+TRIALS_PER_FIT = 500
+"""Trials that Ray Tune is given at once; what it keeps of each until a run ends slows it down."""
+
+
 def run_planned(
-    planned: Sequence[Planned], place: Place, scheduler_name: SchedulerName, restore: Mapping[str, Path]
+    planned: Sequence[Planned],
+    place: Place,
+    stopping: Stopping = FIFO,
+    past: Iterable[Mapping[str, Any]] = (),
 ) -> None:
-    """Run planned trials to their ends; `restore` gives checkpoints by trial id to continue from."""
-    configs = [configuration(p, place.packing.share(p.trial), restore.get(p.trial.id)) for p in planned]
+    """Run planned trials to their ends, each from its newest checkpoint if it has one.
+
+    `past` are the rows that earlier runs of the study recorded, for schedulers that go on from them.
+    """
+    configs = [
+        configuration(p, place.packing.share(p.trial), place.checkpoints, place.policy) for p in planned
+    ]
     epochs = max(p.trial.retrain.epochs for p in planned)
-    if scheduler_name != "pbt":
-        space: dict[str, Any] = {"planned": tune.grid_search(configs)}
-        _fit(space, _tuning(place, scheduler_name, epochs), place, trials=len(configs), keep=2)
+    if stopping.scheduler == "pbt":
+        _run_populations(planned, configs, place, stopping, epochs)
         return
-    # A member that copied one of another arm would belong to that arm: each arm is a population of its own.
+    chosen = scheduler(stopping, epochs, planned[0].trial.seeds.split, past)
+    # HyperBand fills its brackets from one run.
+    size = len(configs) if stopping.scheduler == "hyperband" else TRIALS_PER_FIT
+    for first in range(0, len(configs), size):
+        part = configs[first : first + size]
+        tuning = tune.TuneConfig(
+            scheduler=chosen, max_concurrent_trials=place.packing.resources.max_concurrent
+        )
+        _fit({"planned": tune.grid_search(part)}, tuning, place, trials=len(part), keep=2)
+
+
+def _run_populations(
+    planned: Sequence[Planned],
+    configs: Sequence[dict[str, Any]],
+    place: Place,
+    stopping: Stopping,
+    epochs: int,
+) -> None:
+    """Run each arm as a population of its own: a member that copied one of another arm would belong there."""
     for arm in dict.fromkeys(p.arm for p in planned):
         # Members start at the recipe's own values; what PBT draws later comes from a stream as well.
         random.seed(stream_seed(0, "pbt", arm))
-        population = [
-            config | {"fields": list(PBT_FIELDS), "adopts": True}
-            for config in configs
-            if config["arm"] == arm
-        ]
-        trial = next(p.trial for p in planned if p.arm == arm)
-        start = {
-            "retrain.lr.start": getattr(trial.retrain.lr, "start", 0.0),
-            "retrain.weight_decay": trial.retrain.weight_decay,
-        }
-        space = {"planned": tune.grid_search(population), **start}
-        tuning = _tuning(place, scheduler_name, epochs)
+        population = []
+        for p, config in zip(planned, configs, strict=True):
+            if p.arm == arm:
+                start = pbt_start(p.trial)
+                held, _ = Checkpoints(place.checkpoints, p.trial.id).load()
+                began = start | (held["fields"] if held else {})
+                population.append(config | {"fields": list(start), "began": began, "adopts": True})
+        fields = population[0]["fields"]
+        chosen = scheduler(stopping, epochs, planned[0].trial.seeds.split, fields=fields)
+        space = {"planned": tune.grid_search(population)} | {name: _began(name) for name in fields}
+        tuning = tune.TuneConfig(
+            scheduler=chosen, max_concurrent_trials=place.packing.resources.max_concurrent
+        )
         # PBT still needs checkpoints that a kept number of two would have deleted.
         _fit(space, tuning, place, trials=len(population), keep=None)
 
 
-def _tuning(place: Place, scheduler_name: SchedulerName, epochs: int) -> tune.TuneConfig:
-    chosen = scheduler(scheduler_name, epochs)
-    return tune.TuneConfig(scheduler=chosen, max_concurrent_trials=place.packing.resources.max_concurrent)
+def _began(name: str) -> Any:
+    """What a member of a population starts with, which Tune is to take from what was planned for it."""
+    return tune.sample_from(lambda spec: spec["config"]["planned"]["began"][name])
 
 
-def run_joint(joint: Joint, trials: int, objectives: Sequence[str], place: Place) -> None:
+def run_joint(
+    joint: Joint, begun: Sequence[Planned], trials: int, objectives: Sequence[str], place: Place
+) -> None:
     """Let Optuna choose `trials` configurations; objectives are `error` (of validation) and `params`.
 
-    Optuna keeps a journal in the study's folder, so a study that was stopped goes on with what it knew.
+    Optuna keeps a journal in the study's folder, so a study that was stopped goes on with what it knew:
+    trials that were `begun` are run to their ends first, and Optuna is told.
     """
+    journal = JournalStorage(JournalFileBackend(str(place.folder / "optuna.log")))
+    if begun:
+        run_planned(begun, place)
+    _settle(journal, begun, objectives, place)
+    if not trials:
+        return
     possible = [p.trial for p in corners(joint)]
     # One share for all: a process can then run any of them after another.
-    config = _joint_configuration(joint, place.packing.largest(possible))
+    config = _joint_configuration(joint, place.packing.largest(possible), place)
     space: dict[str, Any] = {"planned": config}
     for name, domain in joint.domains.items():
         space[name] = (
@@ -194,7 +276,6 @@ def run_joint(joint: Joint, trials: int, objectives: Sequence[str], place: Place
     several = len(metrics) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        journal = JournalStorage(JournalFileBackend(str(place.folder / "optuna.log")))
         known = sum(journal.get_n_trials(study._study_id) for study in journal.get_all_studies())
         search = RetrainOptuna(
             metric=metrics if several else metrics[0],
@@ -216,8 +297,29 @@ OBJECTIVES = {"error": METRIC, "params": "params_m"}
 """What a joint search can minimise, and the result that holds it: never anything of the test part."""
 
 
-def _joint_configuration(joint: Joint, share: Share) -> dict[str, Any]:
-    return configuration(joint.base, share) | {
+def _settle(
+    journal: JournalStorage, begun: Sequence[Planned], objectives: Sequence[str], place: Place
+) -> None:
+    """Tell Optuna how the trials ended that it takes for running: the driver that ran them is gone."""
+    ends = {p.trial.id: records.read_rows(place.folder / "trials" / f"{p.trial.id}.jsonl")[-1] for p in begun}
+    for study in journal.get_all_studies():
+        for chosen in journal.get_all_trials(study._study_id, states=(TrialState.RUNNING,)):
+            values: list[float] | None = None
+            for p in begun:
+                if chosen.params.items() <= dict(p.axes).items():
+                    found = [ends[p.trial.id].get("metrics", {}).get(ENDS[name]) for name in objectives]
+                    values = None if None in found else found
+            state = TrialState.FAIL if values is None else TrialState.COMPLETE
+            journal.set_trial_state_values(chosen._trial_id, state, values)
+
+
+ENDS = {"error": "valid_error", "params": "params_m"}
+"""What a joint search can minimise, by its name among the metrics of a trial's end."""
+
+
+def _joint_configuration(joint: Joint, share: Share, place: Place | None = None) -> dict[str, Any]:
+    kept = (None, POLICY) if place is None else (place.checkpoints, place.policy)
+    return configuration(joint.base, share, *kept) | {
         "id": None,
         "fields": list(joint.domains),
         "named": {name: dict(values) for name, values in joint.named.items()},
@@ -241,8 +343,10 @@ def _fit(
 
     Raises:
         KeyboardInterrupt: Ctrl-C. Tune finishes the epochs under way, and returns as if all were done.
+        OSError: nothing more can be recorded, for the disk is full or gone.
     """
-    forward = Forward(place.recorder)
+    forward, folder = Forward(place.recorder), place.folder.resolve()
+    name = f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     tuning.reuse_actors = True
     tuning.trial_name_creator = tuning.trial_dirname_creator = _trial_name
     actor = tune.with_resources(
@@ -254,31 +358,32 @@ def _fit(
         param_space=space,
         tune_config=tuning,
         run_config=tune.RunConfig(
-            name=f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
-            storage_path=str(place.folder.resolve() / "tune"),
+            name=name,
+            storage_path=str(folder / "tune"),
             verbose=0,
             callbacks=[forward],
-            failure_config=tune.FailureConfig(max_failures=3),
+            stop=Halt(forward),
+            failure_config=tune.FailureConfig(max_failures=place.policy.max_failures),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=keep),
         ),
     )
-    tuner.fit()
-    if forward.ended < trials:
+    try:
+        tuner.fit()
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        if forward.broken is None and free > FULL:
+            raise
+        raise forward.broken or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+    finally:
+        # Records and checkpoints hold all that is needed; errors are left to be read.
+        if len(forward.ended) == trials and not any((folder / "tune" / name).rglob("error.txt")):
+            shutil.rmtree(folder / "tune" / name, ignore_errors=True)
+    if forward.broken is not None:
+        raise forward.broken
+    if len(forward.ended) < trials:
         raise KeyboardInterrupt
 
 
 def _trial_name(trial: TuneTrial) -> str:
     base = trial.config["planned"]
     return base["id"] or f"{base['arm']}-{trial.trial_id}"
-
-
-def newest_checkpoints(folder: Path, trial_ids: Sequence[str]) -> dict[str, Path]:
-    """By trial id, the newest checkpoint folder that earlier runs of a study left, where there is one."""
-    found = {}
-    for trial_id in trial_ids:
-        states = sorted(
-            folder.glob(f"tune/*/{trial_id}/checkpoint_*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime
-        )
-        if states:
-            found[trial_id] = states[-1].parent
-    return found

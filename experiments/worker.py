@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import json
+import math
 import platform
 import time
 import traceback
@@ -13,21 +15,29 @@ from typing import Any
 import torch
 from ray import tune
 
+from experiments.checkpoints import Checkpoints, read, write
 from experiments.packing import GPU_SHARE, Share
-from experiments.study import SHORT, Planned
+from experiments.study import POLICY, SHORT, Planned, Policy
 from nas.config import override
 from nas.data import Arrays, Data
+from nas.execution import set_deterministic
+from nas.searchers import Given
 from nas.trial import Row, Trial, TrialRun
 
 CHECKPOINT = "state.pt"
-CHECKPOINT_SECONDS = 60.0
-"""A trial is saved at each stage's end, and at the first epoch that ends this long after the last save."""
-METRIC, TIME = "retrain_valid_error", "retrain_epoch"
+"""File of the state in a checkpoint that Ray Tune asks for."""
+METRIC, TIME, SPENT = "retrain_valid_error", "retrain_epoch", "compute_seconds"
 """What schedulers compare, and over what: only retraining reports them, so no search is compared with one."""
+NO_MEMORY = "can't allocate memory"
+"""What PyTorch says when a CPU has no more, in a plain RuntimeError."""
 
 
 class TrialActor(tune.Trainable):
-    """A trial as Ray Tune drives it: one `step` is one epoch of the current stage."""
+    """A trial as Ray Tune drives it: one `step` is one epoch of the current stage.
+
+    It goes on from its newest checkpoint, whoever started it again. A checkpoint holds the trial's rows as
+    well: the driver may have died before it recorded the last of them, and drops those that it has.
+    """
 
     def setup(self, config: dict[str, Any], arrays: Mapping[str, Arrays] | None = None) -> None:
         """Build the trial of `config`; `arrays` holds the data sets by key, one copy per node."""
@@ -45,108 +55,161 @@ class TrialActor(tune.Trainable):
         self.run: TrialRun | None = None
         return_freed_memory()
         self.planned = resolve(config)
-        base = config["planned"]
-        self.id = base["id"] or self.planned.trial.id
-        self.adopts = base["adopts"]
-        self.memory_mb = base["memory_mb"]
+        self.base: dict[str, Any] = config["planned"]
+        self.fields = {name: config[name] for name in self.base["fields"]}
+        self.id = self.base["id"] or self.planned.trial.id
         self.attempt = uuid.uuid4().hex
-        self.begun = False
+        self.rows: list[dict[str, Any]] = []
+        """All rows of the trial, those of earlier attempts included."""
+        self.told = 0
+        self.ended = False
         self.saved = time.monotonic()
-        self.refusal: dict[str, Any] | None = None
-        torch.set_num_threads(base["threads"])
-        on_gpu = base["gpus"] > 0 and torch.cuda.is_available()
+        self.checkpoints: Checkpoints | None = None
+        if self.base["checkpoints"] is not None:
+            # Under PBT the configuration may be that of the trial it was copied from, the name never is.
+            name = self.trial_name if self.base["adopts"] and self.trial_name else self.id
+            self.checkpoints = Checkpoints(Path(self.base["checkpoints"]), name)
+        torch.set_num_threads(self.base["threads"])
+        set_deterministic(self.base["deterministic"])
+        on_gpu = self.base["gpus"] > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        if on_gpu and base["gpus"] < 1:
+        if on_gpu and self.base["gpus"] < 1:
             # Then a trial that outgrows its share ends itself, not its neighbours.
-            torch.cuda.set_per_process_memory_fraction(GPU_SHARE * base["gpus"])
+            torch.cuda.set_per_process_memory_fraction(GPU_SHARE * self.base["gpus"])
         try:
-            trial = self.planned.trial
-            data = Data(self.arrays[base["data_key"]], trial.data, trial.seeds.split, self.device)
-            self.run = TrialRun(trial, data, self.device)
-            if base["restore"]:
-                self.load_checkpoint(base["restore"])
+            doubts = self._restore()
         except Exception as error:
-            self.refusal = self._failure(error)
             self.run = None  # not half restored
+            self._start()
+            self._fail(error)
+        else:
+            if not self.ended:  # only its end is to be told again, if the driver died before it heard of it
+                self._start()
+            for doubt in doubts:
+                self._say("note", text=doubt)
+
+    def _restore(self) -> list[str]:
+        """Build the run as its newest checkpoint left it; returns what was wrong with newer ones."""
+        self.run = self._new_run()
+        held, doubts = self.checkpoints.load(self.device) if self.checkpoints else (None, [])
+        if held is not None:
+            try:
+                self.run.load_state_dict(held["run"], adopt=self.base["adopts"])
+                self.rows = json.loads(held["rows"])
+            except (KeyError, RuntimeError, ValueError) as error:  # written by another version of the code
+                doubts.append(f"its checkpoint does not fit ({_described(error)}), so it begins anew")
+                self.run = self._new_run()
+        elif doubts:
+            doubts.append("it begins anew, no checkpoint being left")
+        self.ended = any(row["kind"] == "end" for row in self.rows)
+        return doubts
+
+    def _new_run(self) -> TrialRun:
+        trial = self.planned.trial
+        data = Data(self.arrays[self.base["data_key"]], trial.data, trial.seeds.split, self.device)
+        return TrialRun(trial, data, self.device)
 
     def step(self) -> dict[str, Any]:
         """Run one epoch; what is to be recorded goes to the driver as `rows`."""
-        rows = [] if self.begun else [self._start()]
-        self.begun = True
+        result: dict[str, Any] = {}
+        if self.run is not None and not self.run.done and not self.ended:
+            try:
+                result = self._epoch(self.run, self.run.step())
+            except Exception as error:
+                self._fail(error)
         if self.run is None or self.run.done:
-            return {"rows": [*rows, self.refusal or self._end("completed")], "done": True}
-        try:
-            epoch = self.run.step()
-        except Exception as error:
-            return {"rows": [*rows, self._failure(error)], "done": True}
-        return self._result(self.run, epoch, rows)
+            self._end("completed")
+        due = time.monotonic() - self.saved > self.base["checkpoint_seconds"]
+        if self.run is not None and (self.run.done or (due and not self.ended)):
+            self._save(self.run)
+        rows, self.told = self.rows[self.told :], len(self.rows)
+        return {"rows": rows, "done": self.ended, **result}
 
-    def _result(self, run: TrialRun, epoch: Row, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """What Tune is told of an epoch, `rows` before it included."""
-        rows.append(self._epoch(epoch))
-        result: dict[str, Any] = {"rows": rows, "done": run.done, "params_m": run.params_m}
-        if epoch.stage == "retrain":
-            result |= {METRIC: epoch.metrics["valid_error"], TIME: epoch.epoch + 1}
-        if epoch.stage_end:
-            return_freed_memory()
-        if run.done:
-            rows.append(self._end("completed"))
-        elif epoch.stage_end or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
-            result["should_checkpoint"] = True
-            self.saved = time.monotonic()
-        return result
-
-    def _failure(self, error: Exception) -> dict[str, Any]:
-        """The end of a trial whose own code raised: it would raise again, so Ray is not to try it again."""
-        if isinstance(error, FloatingPointError):
-            return self._end("diverged", reason=str(error))
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return self._end("oom", reason=str(error))
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
-        return self._end("failed", reason=reason)
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write everything the rest of the trial depends on."""
-        if self.run is not None:
-            path = Path(checkpoint_dir) / CHECKPOINT
-            torch.save(self.run.state_dict(), path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # Ray passes the path
-        """Continue from what `save_checkpoint` wrote."""
-        if self.run is not None:
-            held = torch.load(Path(checkpoint_dir) / CHECKPOINT, weights_only=True, map_location=self.device)
-            self.run.load_state_dict(held, adopt=self.adopts)
-
-    def cleanup(self) -> None:
-        """Let go of the networks."""
-        self.run = None
-
-    def _start(self) -> dict[str, Any]:
-        where = host(self.device) | {"memory_mb": self.memory_mb}
-        return self._record("start", **described(self.planned), host=where)
-
-    def _epoch(self, row: Row) -> dict[str, Any]:
-        genotype = str(row.genotype) if row.genotype else None
-        return self._record(
+    def _epoch(self, run: TrialRun, row: Row) -> dict[str, Any]:
+        """Note what an epoch gave; returns what schedulers are told of it."""
+        self._say(
             "epoch",
             stage=row.stage,
             part=row.part,
             epoch=row.epoch,
             metrics=dict(row.metrics),
-            genotype=genotype,
+            genotype=str(row.genotype) if row.genotype else None,
         )
+        if row.stage_end:
+            self.saved = -math.inf
+            return_freed_memory()
+        result: dict[str, Any] = {"params_m": run.params_m}
+        if row.stage == "retrain":
+            spent = sum(run.seconds.values())
+            result |= {METRIC: row.metrics["valid_error"], TIME: row.epoch + 1, SPENT: spent}
+        return result
 
-    def _end(self, status: str, reason: str | None = None) -> dict[str, Any]:
+    def _save(self, run: TrialRun) -> None:
+        if self.checkpoints is None:
+            return
+        try:
+            state = {"run": run.state_dict(), "rows": json.dumps(self.rows), "fields": self.fields}
+            self.checkpoints.save(sum(run.epochs.values()), state)
+        except OSError as error:
+            # A trial without a new checkpoint has only more to repeat.
+            self._say("note", text=f"not saved after {sum(run.epochs.values())} epochs: {error}")
+        self.saved = time.monotonic()
+
+    def _fail(self, error: Exception) -> None:
+        """End a trial whose own code raised: it would raise again, so Ray is not to try it again.
+
+        Raises:
+            Exception: `error`, if another process or another minute may cure it.
+        """
+        if isinstance(error, FloatingPointError):
+            self._end("diverged", reason=str(error))
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY in str(error):
+            self._end("oom", reason=str(error))
+        elif isinstance(error, OSError | torch.AcceleratorError):
+            raise error  # after an error on a GPU this process can use it no more
+        else:
+            self._end("failed", reason=_described(error))
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Write the state for a scheduler that pauses trials or copies them."""
+        if self.run is not None:
+            write(Path(checkpoint_dir) / CHECKPOINT, {"run": self.run.state_dict()})
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # Ray passes the path
+        """Continue from what `save_checkpoint` wrote, unless the trial's own checkpoint is further."""
+        if self.run is None:
+            return
+        held = read(Path(checkpoint_dir) / CHECKPOINT, self.device)["run"]
+        if self.base["adopts"] or sum(held["epochs"].values()) > sum(self.run.epochs.values()):
+            self.run.load_state_dict(held, adopt=self.base["adopts"])
+
+    def cleanup(self) -> None:
+        """Let go of the networks."""
+        self.run = None
+
+    def _start(self) -> None:
+        where = host(self.device) | {"memory_mb": self.base["memory_mb"]}
+        resumed = sum(self.run.epochs.values()) if self.run is not None else 0
+        self._say("start", **described(self.planned), host=where, resumed=resumed)
+
+    def _end(self, status: str, reason: str | None = None) -> None:
+        if self.ended:
+            return
         found = self.run.search.genotype if self.run is not None else None
         metrics = dict(self.run.result) if self.run is not None and self.run.result else {}
-        return self._record(
-            "end", status=status, reason=reason, genotype=str(found) if found else None, metrics=metrics
-        )
+        genotype = str(found) if found else None
+        self._say("end", status=status, reason=reason, genotype=genotype, metrics=metrics)
+        self.ended = True
 
-    def _record(self, kind: str, **values: Any) -> dict[str, Any]:
-        return {"kind": kind, "trial": self.id, "attempt": self.attempt, "time": time.time(), **values}
+    def _say(self, kind: str, **values: Any) -> None:
+        row = {"kind": kind, "trial": self.id, "attempt": self.attempt, "time": time.time(), **values}
+        self.rows.append(row)
+
+
+def _described(error: Exception) -> str:
+    """What an exception says, and where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def return_freed_memory() -> None:
@@ -170,16 +233,22 @@ def resolve(config: Mapping[str, Any]) -> Planned:
         trial = override(trial, changes)
         axes[name] = value
     chosen = "".join(f" {name}={config[name]}" for name in base["fields"])
-    return Planned(base["name"] + chosen, base["arm"], axes, trial)
+    return Planned(base["name"] + chosen, base["arm"], axes, trial, tuple(base["found_by"]))
 
 
-def configuration(planned: Planned, share: Share, restore: Path | None = None) -> dict[str, Any]:
-    """Tune's configuration of one planned trial and its share of the machine: plain data, no array in it."""
+def configuration(
+    planned: Planned, share: Share, checkpoints: Path | None = None, policy: Policy = POLICY
+) -> dict[str, Any]:
+    """Tune's configuration of one planned trial: plain data, no array in it.
+
+    `share` is what it is given of the machine; without a folder for `checkpoints` none is written.
+    """
     return {
         "id": planned.trial.id,
         "name": planned.name,
         "arm": planned.arm,
         "axes": dict(planned.axes),
+        "found_by": list(planned.found_by),
         "trial": planned.trial.to_dict(),
         "fields": [],
         "named": {},
@@ -188,7 +257,9 @@ def configuration(planned: Planned, share: Share, restore: Path | None = None) -
         "gpus": share.gpus,
         "memory_mb": share.memory_mb,
         "bundle": share.bundle,
-        "restore": str(restore) if restore else None,
+        "checkpoints": str(checkpoints) if checkpoints else None,
+        "checkpoint_seconds": policy.checkpoint_seconds,
+        "deterministic": policy.deterministic,
         "adopts": False,
     }
 
@@ -202,7 +273,8 @@ def data_key(trial: Trial) -> str:
 
 def described(planned: Planned) -> dict[str, Any]:
     """What the start row of a trial says of its plan."""
-    return {
+    found_by = {"found_by": list(planned.found_by)} if planned.found_by else {}
+    return found_by | {
         "name": planned.name,
         "arm": planned.arm,
         "axes": dict(planned.axes),
@@ -225,7 +297,8 @@ def common_params(trial: Trial) -> dict[str, Any]:
             "order": trial.method.arch_update.order,
             "depths": "-".join(str(stage.cells) for stage in trial.search),
         }
-    return params | {"M": trial.method.searcher.max_skip}
+    searcher = trial.method.searcher
+    return params | ({} if isinstance(searcher, Given) else {"M": searcher.max_skip})
 
 
 def host(device: torch.device) -> dict[str, Any]:

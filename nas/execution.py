@@ -1,5 +1,6 @@
 """How cells run: compiled, or with activations computed again instead of kept. What they compute stays."""
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
@@ -25,6 +26,19 @@ def compile_cells(cells: Iterable[nn.Module], setting: Compile) -> None:
         return
     for cell in cells:
         cell.compile(mode=setting, dynamic=False, recompile_limit=SHAPES)
+
+
+def set_deterministic(on: bool) -> None:
+    """Let GPUs use only algorithms that give the same bits every time, or any; CPUs need no telling.
+
+    For the whole process, and to be called before it uses a GPU. An operation that has no such algorithm
+    raises a RuntimeError that names it.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # mypy misses it
 
 
 def uncompiled(setting: Compile) -> AbstractContextManager[object]:

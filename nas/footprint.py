@@ -27,7 +27,7 @@ from nas.retrain import RetrainRun, RetrainStage
 from nas.samplers import Gumbel, Softmax
 from nas.schedule import Constant, Schedule
 from nas.search import EVALUATION_BATCH, SearchRun, SearchStage, weight_step
-from nas.searchers import Argmax
+from nas.searchers import Argmax, Given
 from nas.spaces.cell import CELL_TYPES, CellSpace, CellType
 from nas.streams import generator
 from nas.supernets.cell import Noise
@@ -90,16 +90,21 @@ class Footprint:
 def footprint(trial: Trial, shape: DataShape) -> Footprint:
     """Footprint of `trial` on images of this shape; trials that differ in seeds share one computation.
 
-    The retrained genotype is not known yet, so it is the costliest of the space, and a stage of P-DARTS keeps
-    the costliest operations: upper bounds, for a trial must fit whatever it finds. The first search stage is
-    exact.
+    The retrained genotype is not known before a search, so it is the costliest of the space, and a stage of
+    P-DARTS keeps the costliest operations: upper bounds, for a trial must fit whatever it finds. The first
+    search stage is exact.
     """
     space, method, peaks = trial.space, _timeless_method(trial.method), []
     for stage in trial.search:
         peaks.append(_search_peak(space, method, _timeless(stage), shape))
         if stage.keep is not None:
             space = _costliest_ops(space, stage.keep)
-    return Footprint(tuple(peaks), _retrain_peak(costliest(trial.space), _timeless(trial.retrain), shape))
+    retrain = Peak(0.0, 0.0)
+    if trial.retrain.epochs:
+        searcher = trial.method.searcher
+        found = Genotype.parse(searcher.genotype) if isinstance(searcher, Given) else costliest(trial.space)
+        retrain = _retrain_peak(found, _timeless(trial.retrain), shape)
+    return Footprint(tuple(peaks), retrain)
 
 
 def _timeless(stage: Any) -> Any:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from nas.arch_updates import Bilevel
+from nas.early_stop import EigenvalueStop
 from nas.samplers import Gumbel, Sampler, Softmax
 from nas.schedule import Linear
 from nas.searchers import Argmax, RandomGenotype, Searcher
@@ -17,8 +18,15 @@ class Method:
     sampler: Sampler = Softmax()
     arch_update: Bilevel = Bilevel()
     searcher: Searcher = Argmax()
+    stop: EigenvalueStop | None = None
+    """When a search stage ends before its last epoch; None never. DARTS with one is DARTS-ES."""
 
     def __post_init__(self) -> None:
+        if self.stop is not None and isinstance(self.sampler, Gumbel) and self.sampler.hard:
+            raise ValueError(
+                "stop needs a loss that is differentiable in the architecture parameters, and hard gates "
+                "give none; set method.stop=None or method.sampler.hard=False"
+            )
         if (
             isinstance(self.searcher, Argmax)
             and self.searcher.edges_by == "beta"

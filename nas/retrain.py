@@ -29,6 +29,7 @@ class RetrainStage:
     """The training of a derived network; the defaults are DARTS's CIFAR recipe."""
 
     epochs: int = 600
+    """None trained at all, 0, leaves a trial at what its search found."""
     cells: int = 20
     channels: int = 36
     batch_size: int = 96
@@ -62,7 +63,7 @@ class RetrainStage:
         inf = math.inf
         check_range(
             self,
-            epochs=(1, inf, "600 is usual"),
+            epochs=(0, inf, "600 is usual, 0 retrains nothing"),
             cells=(1, inf, "20 is usual"),
             channels=(1, inf, "36 is usual"),
             batch_size=(1, inf, "96 is usual"),

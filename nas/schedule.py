@@ -163,6 +163,6 @@ def check_probability(owner: object, name: str, epochs: int) -> None:
         ValueError: it does; an output dropped for certain cannot be scaled to keep its mean.
     """
     schedule: Schedule = getattr(owner, name)
-    highest = max(schedule.at(epoch, epochs) for epoch in range(epochs))
+    highest = max((schedule.at(epoch, epochs) for epoch in range(epochs)), default=0.0)
     if not highest < 1:
         raise ValueError(f"{type(owner).__name__}: {name} reaches {highest}; a probability must stay below 1")

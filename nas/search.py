@@ -10,12 +10,15 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nas.config import ABOVE_ZERO, check_range
 from nas.data import Augment, Data
 from nas.execution import Compile, compile_cells, uncompiled
+from nas.gates import Gates
 from nas.genotype import Genotype
+from nas.measures import Part, Snapshot, View, largest_eigenvalues, measured, seconds_of, spelled_out
+from nas.measures import Values as Values  # of this module, too
 from nas.methods import Method
 from nas.metrics import (
     Average,
@@ -30,14 +33,12 @@ from nas.metrics import (
 from nas.network import Stem
 from nas.samplers import Gumbel, Progress, init_arch
 from nas.schedule import Constant, Cosine, Schedule, check_probability
-from nas.searchers import RandomGenotype, keep_likeliest
+from nas.searchers import Argmax, keep_likeliest
 from nas.spaces.cell import CellSpace
 from nas.spaces.space import Choices
 from nas.state import Batch, SearchState, frozen, load_optimizer
 from nas.streams import generator, seeded, stream_seed
 from nas.supernets.cell import Noise
-
-Values = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,10 @@ class SearchRun:
         seed: int,
         device: torch.device,
         price: Price,
+        measure: tuple[str, ...] = (),
     ) -> None:
         self.space, self.method, self.stages, self.data = space, method, stages, data
-        self.seed, self.device, self.price = seed, device, price
+        self.seed, self.device, self.price, self.measure = seed, device, price, measure
         self.choices: dict[str, Choices] = dict(space.choices)
         self.part = 0
         self.epoch = 0
@@ -127,6 +129,12 @@ class SearchRun:
         self.state: SearchState | None = None
         self.saved_mb = 0.0
         """Activations that a training step of the current stage keeps, in MB."""
+        self.peak = 0.0
+        """Peak memory of the current stage so far, in MB."""
+        self.before: Snapshot | None = None
+        """The epoch before in the current stage, where `stability` is measured."""
+        self.watched: list[tuple[float, dict[str, Tensor]]] = []
+        """What the method's `stop` has seen of the current stage: eigenvalues and the probabilities then."""
         if stages:
             self.state = self._new_state()
         else:
@@ -181,6 +189,7 @@ class SearchRun:
         self.saved_mb = self._saved_mb(state)
         compile_cells(supernet.cells, stage.compile)
         reset_peak_memory(self.device)
+        self.peak = 0.0
         return state
 
     def _saved_mb(self, state: SearchState) -> float:
@@ -207,18 +216,73 @@ class SearchRun:
                 f"search diverged: training loss {train_loss} in epoch {self.epoch} of stage {self.part}"
             )
         with uncompiled(stage.compile):
-            metrics, genotype = self._measured(state, train_loss, train_error)
-            peak = peak_memory_mb(self.device)  # before the next stage starts a new one
+            probabilities, stopping = self._watch(state)
+            last = self.epoch + 1 == stage.epochs or stopping.get("stop_epoch") is not None
+            metrics, genotype = self._measured(state, probabilities, train_loss, train_error)
+            metrics |= stopping
+            # Before the next stage starts a new one, and without what measuring takes.
+            self.peak = peak = max(self.peak, peak_memory_mb(self.device))
+            if self.measure:
+                metrics |= self._measured_by_name(state, genotype, metrics, last=last)
+                reset_peak_memory(self.device)
             self.epoch += 1
-            if self.epoch == stage.epochs:
-                self._end_stage(state, genotype, metrics)
-        metrics["seconds"] = time.perf_counter() - started
+            if last:
+                self._end_stage(state, probabilities, genotype, metrics)
+        metrics["seconds"] = time.perf_counter() - started - seconds_of(metrics)
         metrics["peak_memory_mb"] = peak
         return metrics, genotype
 
-    def _measured(self, state: SearchState, train_loss: float, train_error: float) -> tuple[Values, Genotype]:
+    def _watch(self, state: SearchState) -> tuple[dict[str, Tensor], Values]:
+        """What the stage has learned, which is that of an earlier epoch where the method's `stop` goes back.
+
+        And the columns of the rule, where there is one.
+        """
+        probabilities, stop = state.arch.probabilities(), self.method.stop
+        if stop is None:
+            return probabilities, {}
+        columns: Values = dict.fromkeys(("stop_eigenvalue", "stop_epoch", "stop_back_to"))
+        if self.epoch % stop.every == 0:
+            genotype = self._derive(probabilities)
+            values = largest_eigenvalues(self._view(state, genotype, {}), stop.batches)
+            value = columns["stop_eigenvalue"] = math.fsum(values) / len(values)
+            self.watched.append((value, {name: p.detach() for name, p in probabilities.items()}))
+            back = stop.back_to([value for value, _ in self.watched])
+            if back is not None:
+                columns |= {"stop_epoch": float(self.epoch), "stop_back_to": float(back)}
+                probabilities = self.watched[back // stop.every][1]
+        return probabilities, columns
+
+    def _measured_by_name(
+        self, state: SearchState, genotype: Genotype, metrics: Values, *, last: bool
+    ) -> Values:
+        """What `measure` asks for after this epoch."""
+        found = measured(self.measure, self._view(state, genotype, metrics), last=last)
+        if "stability" in spelled_out(self.measure):
+            now = {name: p.detach() for name, p in state.arch.probabilities().items()}
+            self.before = Snapshot(genotype, now)
+        return found
+
+    def _view(self, state: SearchState, genotype: Genotype, metrics: Values) -> View:
+        name = ("gates", "evaluation", self.part, self.epoch)
+        held_out = self._held_out()
+
+        def gates() -> Gates:
+            return state.sampler.sample(state.arch, state.progress, generator(self.seed, *name))[0]
+
+        def batches(part: Part, size: int) -> Iterator[Batch]:
+            # In an order of its own: stored images may lie class by class.
+            order = generator(self.seed, "order", "measure", part)
+            for batch in self.data.batches(held_out if part == "held_out" else part, size, order=order):
+                if len(batch[1]) > 1:  # batch norm needs two
+                    yield batch
+
+        return View(state, genotype, metrics, gates, batches, self.seed, self.before)
+
+    def _measured(
+        self, state: SearchState, probabilities: dict[str, Tensor], train_loss: float, train_error: float
+    ) -> tuple[Values, Genotype]:
         """All metrics after an epoch of training but time and memory, and what the search would give now."""
-        genotype = self._derive(state.arch.probabilities())
+        genotype = self._derive(probabilities)
         state.draws = generator(self.seed, "gates", "evaluation", self.part, self.epoch)
         valid_loss, valid_error = supernet_quality(state, state.gates()[0], self._valid_batches())
         if not math.isfinite(valid_loss):  # the last step of the epoch did it
@@ -265,11 +329,13 @@ class SearchRun:
                     update.step(state, batch, arch_batch)
         return average
 
-    def _end_stage(self, state: SearchState, genotype: Genotype, metrics: Values) -> None:
+    def _end_stage(
+        self, state: SearchState, probabilities: dict[str, Tensor], genotype: Genotype, metrics: Values
+    ) -> None:
+        self.before, self.watched = None, []
         if self.part + 1 < len(self.stages):
             keep = self.stage.keep
             if keep is not None:
-                probabilities = state.arch.probabilities()
                 for name, table in self.choices.items():
                     if name.endswith("/op"):
                         self.choices[name] = keep_likeliest(table, probabilities[name], keep)
@@ -283,7 +349,7 @@ class SearchRun:
         self.genotype = genotype
         self.state = None  # the supernet is not needed any more
 
-    def _derive(self, probabilities: dict[str, torch.Tensor]) -> Genotype:
+    def _derive(self, probabilities: dict[str, Tensor]) -> Genotype:
         draws = random.Random(stream_seed(self.seed, "genotype"))
         return self.method.searcher.derive(self.space, self.choices, probabilities, draws)
 
@@ -305,9 +371,12 @@ class SearchRun:
             restart += 1
 
     def _valid_batches(self) -> Iterator[Batch]:
-        """Held-out images in stored order: the validation part, or without one the architecture half."""
-        part: Literal["valid", "arch"] = "valid" if self.data.size("valid") else "arch"
-        return self.data.batches(part, EVALUATION_BATCH, order=None)
+        """Held-out images in stored order."""
+        return self.data.batches(self._held_out(), EVALUATION_BATCH, order=None)
+
+    def _held_out(self) -> Literal["valid", "arch"]:
+        """The validation part, or without one the architecture half."""
+        return "valid" if self.data.size("valid") else "arch"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, in plain containers and tensors."""
@@ -317,6 +386,13 @@ class SearchRun:
             "genotype": str(self.genotype) if self.genotype else None,
             "allowed": {name: [list(row) for row in table.allowed] for name, table in self.choices.items()},
         }
+        if self.before is not None:
+            held["before"] = {
+                "genotype": str(self.before.genotype),
+                "probabilities": self.before.probabilities,
+            }
+        if self.watched:
+            held["watched"] = list(self.watched)
         if self.state is not None:
             assert self.state.arch_optimizer is not None
             held["supernet"] = self.state.supernet.state_dict()
@@ -333,6 +409,11 @@ class SearchRun:
             name: table.keep(tuple(tuple(row) for row in held["allowed"][name]))
             for name, table in self.choices.items()
         }
+        before = held.get("before")
+        self.before = (
+            Snapshot(Genotype.parse(before["genotype"]), before["probabilities"]) if before else None
+        )
+        self.watched = list(held.get("watched", ()))
         self.state = None
         if "supernet" not in held:
             return
@@ -372,7 +453,7 @@ def check_search(space: CellSpace, method: Method, stages: tuple[SearchStage, ..
             operation without a batched form, a compiled stage whose steps cannot be replayed, or a stage that
             may leave an edge with `none` alone.
     """
-    needs_search = not isinstance(method.searcher, RandomGenotype)
+    needs_search = isinstance(method.searcher, Argmax)
     if needs_search and not stages:
         raise ValueError(
             f"{type(method.searcher).__name__} reads a searched supernet; give at least one search stage"

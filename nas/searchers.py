@@ -165,7 +165,28 @@ class RandomGenotype:
         raise ValueError(f"no cell of {space.name!r} among 10,000 has at most max_skip={self.max_skip} skips")
 
 
-Searcher = Argmax | RandomGenotype
+@dataclass(frozen=True)
+class Given:
+    """A genotype that was found before, to be retrained without a search."""
+
+    genotype: str
+    """Its text form."""
+
+    def __post_init__(self) -> None:
+        Genotype.parse(self.genotype)
+
+    def derive(
+        self,
+        space: CellSpace,
+        choices: dict[str, Choices],
+        probabilities: dict[str, Tensor],
+        draws: random.Random,
+    ) -> Genotype:
+        """The genotype; nothing else has a say."""
+        return Genotype.parse(self.genotype)
+
+
+Searcher = Argmax | RandomGenotype | Given
 
 
 def keep_likeliest(table: Choices, probabilities: Tensor, keep: int) -> Choices:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,14 @@ from nas.config import from_dict, to_dict
 from nas.costs import network_cost
 from nas.data import Arrays, Data, DataConfig, load
 from nas.genotype import Genotype
+from nas.measures import check_measures, columns_of, spelled_out
 from nas.methods import METHODS, Method
+from nas.network import Network
+from nas.proxies import BATCH_SIZE, BATCHES, PROXIES, evaluate
 from nas.retrain import RetrainRun, RetrainStage, check_device, check_retrain
 from nas.search import SearchRun, SearchStage, Values, check_search
 from nas.spaces.cell import CellSpace
+from nas.streams import generator, seeded
 
 StageName = Literal["search", "retrain"]
 
@@ -46,8 +51,11 @@ class Trial:
     search: tuple[SearchStage, ...] = (SearchStage(),)
     retrain: RetrainStage = field(default_factory=RetrainStage)
     seeds: Seeds = Seeds()
+    measure: tuple[str, ...] = ()
+    """What is measured besides the usual, by name: `nas.measures.MEASURES`, its groups, and proxies."""
 
     def __post_init__(self) -> None:
+        check_measures(self.measure)
         check_search(self.space, self.method, self.search)
         if self.data.weights_share == 1 and any(stage.frozen_epochs < stage.epochs for stage in self.search):
             raise ValueError(
@@ -59,7 +67,13 @@ class Trial:
     def id(self) -> str:
         """12 hex digits that name this trial: a hash of all but where downloads lie and who decodes."""
         here = replace(self.data, root=DataConfig.root, download=DataConfig.download, workers=None)
-        text = json.dumps(replace(self, data=here).to_dict(), sort_keys=True)
+        plain = replace(self, data=here).to_dict()
+        # Fields that came later are no part of the hash while they are off: earlier records keep their names.
+        if not self.measure:
+            del plain["measure"]
+        if self.method.stop is None:
+            del plain["method"]["stop"]
+        text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,21 +135,30 @@ class TrialRun:
         check_device(trial.retrain, device)
         self.trial, self.data, self.device = trial, data, device
         self.search = SearchRun(
-            trial.space, trial.method, trial.search, data, trial.seeds.search, device, pricing(trial, data)
+            trial.space,
+            trial.method,
+            trial.search,
+            data,
+            trial.seeds.search,
+            device,
+            pricing(trial, data),
+            trial.measure,
         )
         self.retrain: RetrainRun | None = None
         self.seconds: dict[StageName, float] = {"search": 0.0, "retrain": 0.0}
         self.epochs: dict[StageName, int] = {"search": 0, "retrain": 0}
         self.last: dict[StageName, Values] = {"search": {}, "retrain": {}}
         self.peak_memory_mb = 0.0
+        self.proxies: Values = {}
+        """Zero-cost proxies of what was found, measured before its retraining."""
         self.result: Values | None = None
         """Final metrics, once the trial is done."""
         if self.search.done:
-            self.retrain = self._new_retrain()
+            self._end_search()
 
     @property
     def done(self) -> bool:
-        """Whether the test part has been read."""
+        """Whether the test part has been read, or where nothing is retrained the search has ended."""
         return self.result is not None
 
     @property
@@ -145,6 +168,8 @@ class TrialRun:
 
     def step(self) -> Row:
         """Run one epoch; after the last one the test part is read, and `result` is there.
+
+        Where no epoch is retrained, the last epoch is that of the search, and the test part is left alone.
 
         Raises:
             FloatingPointError: a training or validation loss is not finite.
@@ -158,8 +183,10 @@ class TrialRun:
             ended = self.search.done or self.search.part != part
             row = self._row("search", part, metrics, genotype, ended=ended)
             if self.search.done:
-                self.retrain = self._new_retrain()
+                self._end_search()
             return row
+        if not self.epochs["retrain"]:
+            self.proxies = self._proxies(self.retrain.genotype)
         metrics = self.retrain.step()
         row = self._row("retrain", 0, metrics, None, ended=self.retrain.done)
         if self.retrain.done:
@@ -176,27 +203,66 @@ class TrialRun:
         self.peak_memory_mb = max(self.peak_memory_mb, metrics["peak_memory_mb"] or 0.0)
         return row
 
+    def _end_search(self) -> None:
+        assert self.search.genotype is not None
+        if self.trial.retrain.epochs:
+            self.retrain = self._new_retrain()
+        else:
+            self.proxies = self._proxies(self.search.genotype)
+            self.result = self._found(self.search.genotype)
+
     def _new_retrain(self) -> RetrainRun:
         assert self.search.genotype is not None
         return RetrainRun(
             self.search.genotype, self.trial.retrain, self.data, self.trial.seeds.retrain, self.device
         )
 
+    def _proxies(self, genotype: Genotype) -> Values:
+        """Columns of the proxies that `measure` names: networks at retraining size, training images."""
+        names = [name for name in spelled_out(self.trial.measure) if name in PROXIES]
+        if not names:
+            return {}
+        stage, seed = self.trial.retrain, self.trial.seeds.search
+
+        def build(init: int) -> Network:
+            with seeded(seed, "init", "proxy", init):
+                network = Network(
+                    genotype,
+                    channels=stage.channels,
+                    cells=stage.cells,
+                    classes=self.data.classes,
+                    channels_in=self.data.channels,
+                    stem=stage.stem,
+                )
+            return network.to(self.device).to(memory_format=torch.channels_last)
+
+        order = generator(seed, "order", "proxy")
+        batches = islice(self.data.batches("train", BATCH_SIZE, order=order), BATCHES)
+        return evaluate(names, build, [batch for batch in batches if len(batch[1]) > 1], seed)
+
     def _finish(self, retrain: RetrainRun) -> Values:
         test_loss, test_error = retrain.quality("test")
-        searched = {f"search_{name}": self.last["search"].get(name) for name in SEARCH_SUMMARY}
+        valid_error = self.last["retrain"]["valid_error"]
+        scores: Values = {"test_error": test_error, "test_loss": test_loss, "valid_error": valid_error}
+        return scores | self._found(retrain.genotype)
+
+    def _found(self, genotype: Genotype) -> Values:
+        """What there is to say of a genotype and its search."""
+        last = self.last["search"]
+        named = [name for name in columns_of(self.trial.measure) if name in last]
+        searched = {f"search_{name}": last.get(name) for name in (*SEARCH_SUMMARY, *named)}
+        stopped: Values = {name: last[name] for name in ("stop_epoch", "stop_back_to") if name in last}
         return {
-            "test_error": test_error,
-            "test_loss": test_loss,
-            "valid_error": self.last["retrain"]["valid_error"],
-            **self.search.price(retrain.genotype),
-            "skips": float(retrain.genotype.normal.skips),
-            "skips_reduce": float(retrain.genotype.reduce.skips),
+            **self.search.price(genotype),
+            "skips": float(genotype.normal.skips),
+            "skips_reduce": float(genotype.reduce.skips),
             "search_seconds": self.seconds["search"],
             "retrain_seconds": self.seconds["retrain"],
             "peak_memory_mb": self.peak_memory_mb,
-            "discretisation_gap": self.last["search"].get("discretisation_gap"),
+            "discretisation_gap": last.get("discretisation_gap"),
             **searched,
+            **stopped,
+            **self.proxies,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,6 +275,7 @@ class TrialRun:
             "epochs": dict(self.epochs),
             "last": {stage: dict(values) for stage, values in self.last.items()},
             "peak_memory_mb": self.peak_memory_mb,
+            "proxies": dict(self.proxies),
             "result": self.result,
         }
 
@@ -230,6 +297,7 @@ class TrialRun:
         self.seconds, self.epochs = dict(held["seconds"]), dict(held["epochs"])
         self.last = {stage: dict(values) for stage, values in held["last"].items()}
         self.peak_memory_mb, self.result = held["peak_memory_mb"], held["result"]
+        self.proxies = dict(held.get("proxies", {}))
 
 
 SEARCH_SUMMARY = (

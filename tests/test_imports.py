@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 # What each package may import of this project.
 MAY_IMPORT = {
     "nas": ("nas",),
-    "analysis": ("analysis", "nas.genotype"),
+    "analysis": ("analysis", "nas.genotype", "nas.stability"),
     "experiments": ("experiments", "analysis", "nas"),
-    "benchmarks": ("benchmarks", "experiments", "nas"),
+    "benchmarks": ("benchmarks", "experiments", "analysis", "nas"),
 }
 
 # Libraries, and the only modules that may import them.
@@ -27,7 +27,7 @@ ONLY_IN = {
 }
 
 # What must work without torch: descriptions of architectures, and all that reads records.
-TORCH_FREE = ("nas", "nas.genotype", "nas.published", "nas.spaces", "analysis")
+TORCH_FREE = ("nas", "nas.genotype", "nas.published", "nas.spaces", "nas.stability", "analysis")
 
 # The order inside `nas`: a module may import those of the lines above its own. Modules on one line may not
 # import one another; where one of them should, split the line. A package means its __init__.py, hence last.
@@ -57,8 +57,11 @@ ORDER = (
     ("nas.samplers",),
     ("nas.state",),
     ("nas.arch_updates", "nas.searchers"),
+    ("nas.early_stop",),
     ("nas.methods",),
     ("nas.metrics",),
+    ("nas.curvature", "nas.proxies", "nas.stability"),
+    ("nas.measures",),
     ("nas.search",),
     ("nas.retrain",),
     ("nas.trial",),

@@ -6,15 +6,23 @@ import sys
 import pytest
 
 MODULES = (
+    "__main__",
     "aggregate",
     "anytime",
+    "checklist",
     "compare",
     "correlate",
+    "divergence",
+    "figures",
+    "findings",
+    "loaders",
     "mixed",
+    "page",
     "planning",
     "plots",
     "pruning",
     "records",
+    "report",
     "resample",
     "selection",
     "summary",

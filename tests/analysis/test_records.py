@@ -16,10 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis.pruning import association, weighted_tau
 from analysis.records import append_row, export, read_rows, read_study, read_tables
+from analysis.resample import Draws
 from nas.genotype import Genotype
 
 from .conftest import CONV, Build, end, epoch, genotype, start, write_rows, write_study, write_trial
+
+
+def mark(trial: str, rung: float = 2.0, probability: Any = 0.5, **fields: Any) -> dict[str, Any]:
+    """A mark row."""
+    row = {"kind": "mark", "trial": trial, "attempt": "a0", "time": 120.0, "rung": rung}
+    return row | {"probability": probability, "goes_on": True, "audit": False} | fields
+
 
 # Rows
 
@@ -75,12 +84,49 @@ def test_any_rows_come_back_as_they_were(
     assert read_rows(path) == rows
 
 
-@pytest.mark.parametrize("torn", ['{"kind": "epo', '{"kind": "end"', '{"text": "\\u00', "\x00\x00"])
-def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path: Path, torn: str) -> None:
+TORN = [
+    '{"kind": "epo',
+    '{"kind": "end"',
+    '{"text": "\\u00',
+    "\x00\x00",
+    '{"n": \n',
+    "\x00\n\x01\n\n\x02",
+    "x" * 200_000,
+]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_torn_tail_is_left_out_with_a_warning(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"n": 1}\n' + torn)
-    with pytest.warns(UserWarning, match=r"t\.jsonl, line 2.*torn"):
+    with pytest.warns(UserWarning, match=r"t\.jsonl: left out from line 2 on, torn"):
         assert read_rows(path) == [{"n": 1}]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_torn_tail_makes_way_for_the_next_record(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "t.jsonl"
+    long = {"n": 1, "text": "y" * 300_000}
+    path.write_text(json.dumps(long) + "\n" + torn)
+    with pytest.warns(UserWarning, match="torn"):
+        append_row(path, {"n": 3})
+    append_row(path, {"n": 4})
+    assert read_rows(path) == [long, {"n": 3}, {"n": 4}]
+
+
+def test_a_full_disk_leaves_the_records_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.jsonl"
+    append_row(path, {"n": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        append_row(path, {"n": 2})
+    assert path.read_text() == '{"n": 1}\n'
 
 
 def test_a_corrupt_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -238,7 +284,17 @@ def test_a_trial_that_crashed_before_its_first_record_is_left_out_with_a_warning
     [
         (end("other"), "record 2 is of trial 'other'"),
         (end("t", "stopped"), "status 'stopped'; use one of completed, pruned"),
-        ({"kind": "note"}, "kind 'note'; use one of start, epoch, end"),
+        ({"kind": "memo"}, "kind 'memo'; use one of start, epoch, mark, note, end"),
+        ({"kind": "mark", "trial": "t"}, r"record 2 \(mark\) lacks attempt, audit"),
+        (mark("t", probability=1.5), r"probability=1.5 must be a number in \[0, 1\]"),
+        (mark("t", probability=None), "probability=None must be a number"),
+        (mark("t", probability=True), "probability=True must be a number"),
+        (mark("t", rung=-1.0), r"rung=-1.0 must be a number in \[0, inf\]"),
+        (mark("t", goes_on=1), "goes_on=1 must be true or false"),
+        (mark("t", audit="yes"), "audit='yes' must be true or false"),
+        (mark("t", probability=0.0), "goes_on=True at probability 0.0 cannot be"),
+        (mark("t", probability=1.0, goes_on=False), "goes_on=False at probability 1.0 cannot be"),
+        (mark("t", audit=True, goes_on=False), "a trial of the audit subset is not stopped"),
         ({"kind": "end", "trial": "t"}, r"record 2 \(end\) lacks attempt, genotype"),
         (end("t", genotype="Genotype()"), "record 2: .*write Genotype"),
         (epoch("t", 0, {"train_loss": "low"}), "metric train_loss='low' is not a number"),  # type: ignore[dict-item]
@@ -250,6 +306,79 @@ def test_a_record_that_breaks_a_rule_is_refused(tmp_path: Path, row: dict[str, A
         append_row(tmp_path / "trials" / "t.jsonl", content)
     with pytest.raises(ValueError, match=message):
         export(tmp_path)
+
+
+def test_marks_multiply_and_say_who_no_rule_could_stop(tmp_path: Path) -> None:
+    rows = {
+        "never": [],
+        "spared twice": [mark("", 2.0, 0.5), mark("", 4.0, 0.2)],
+        "spared, then stopped": [mark("", 2.0, 0.5), mark("", 4.0, 0.2, goes_on=False)],
+        "recorded twice": [mark("", 2.0, 0.5), mark("", 2.0, 0.5, attempt="a1")],
+        "audited": [mark("", 0.0, 1.0, audit=True), mark("", 2.0, 1.0, audit=True)],
+        "audited, never marked": [mark("", 0.0, 1.0, audit=True)],
+        "stopped without chance": [mark("", 2.0, 0.0, goes_on=False)],
+        "stopped without mark": [],
+    }
+    found = []
+    for trial, marks in rows.items():
+        stopped = "stopped" in trial
+        last = end(trial, "pruned", None) if stopped else end(trial)
+        found += [start(trial), *(row | {"trial": trial} for row in marks), last]
+    trials = exported(tmp_path, found).trials.set_index("trial_id")
+    columns = trials[["completion_probability", "marks", "audit"]]
+    assert {trial: tuple(columns.loc[trial]) for trial in rows} == {
+        "never": (1.0, 0, False),
+        "spared twice": (pytest.approx(0.1), 2, False),
+        "spared, then stopped": (pytest.approx(0.1), 2, False),
+        "recorded twice": (0.5, 1, False),
+        "audited": (1.0, 1, True),
+        "audited, never marked": (1.0, 0, True),
+        "stopped without chance": (0.0, 1, False),
+        "stopped without mark": (0.0, 0, False),
+    }
+    assert list(columns.dtypes) == [np.float64, np.int64, np.bool_]
+    assert trials.loc["recorded twice", "attempts"] == 2
+
+
+def test_columns_of_trials_go_straight_into_the_association(tmp_path: Path) -> None:
+    """At a rung the worse half is marked, and goes on with probability 0.4, or because it is audited."""
+    draw = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(60):
+        trial, metric = f"t{number:02}", draw.random()
+        audit, spared = draw.random() < 0.2, draw.random() < 0.4
+        rows += [start(trial, seed=number), epoch(trial, 0, {"valid_error": metric}, stage="retrain")]
+        if audit or metric > 0.5:
+            rung = 1.0 if metric > 0.5 else 0.0
+            chance = {"probability": 1.0} if audit else {"probability": 0.4, "goes_on": bool(spared)}
+            rows.append(mark(trial, rung, audit=bool(audit), **chance))
+        if audit or spared or metric <= 0.5:
+            rows.append(end(trial, test_error=metric + 0.3 * draw.random()))
+        elif number % 7:
+            rows.append(end(trial, "pruned", None))
+        else:
+            rows.append(end(trial, "oom", None))
+    tables = exported(tmp_path, rows)
+    trials, epochs = tables.trials, tables.epochs
+    first = epochs[epochs["key"] == "valid_error"].set_index("trial_id")["value"]
+    found = association(
+        trials["trial_id"].map(first.to_dict()),
+        trials["test_error"],
+        probability=trials["completion_probability"],
+        audit=trials["audit"],
+        failed=~trials["status"].isin(["completed", "pruned"]),
+        draws=Draws(resamples=99),
+    )
+    done = trials[trials["status"] == "completed"]
+    by_hand = weighted_tau(
+        done["trial_id"].map(first.to_dict()), done["test_error"], 1 / done["completion_probability"]
+    )
+    assert by_hand is not None
+    assert found.headline.value == pytest.approx(by_hand)
+    assert (found.n_total, found.n_used, found.n_failed) == (60, len(done), (trials["status"] == "oom").sum())
+    assert found.n_stopped == (trials["status"] == "pruned").sum() > 0
+    assert found.audit.n == trials["audit"].sum() > 3
+    assert set(done["completion_probability"]) == {1.0, 0.4}
 
 
 def test_a_trial_without_start_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,12 @@ from PIL import Image
 from analysis import records
 from experiments import main as command
 from experiments import packing, recorder, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
+from experiments.folder import held
 from experiments.main import Job, main, parser, prepare
 from experiments.packing import Machine, Node
 from experiments.provenance import PACKAGES, provenance
 from experiments.recorder import Progress
+from experiments.stopping import Stopping
 from experiments.study import SHORT, Joint, Planned, Resources, Settings, Study, plan, settable
 from nas.footprint import Footprint, Peak
 from nas.published import PUBLISHED
@@ -322,15 +325,15 @@ def test_a_study_does_not_go_on_with_other_data(refusal: Refusal, tmp_path: Path
 def test_a_study_that_goes_on_stays_the_study_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = begun(tmp_path / "held", "--scheduler", "asha")
+    first = begun(tmp_path / "held", "--scheduler", "hyperband")
     assert capsys.readouterr().out == ""
     told = {"git_commit": "c0ffee", "data_sha256": first.arrays.sha256}
     monkeypatch.setattr(command, "provenance", lambda *_: told)
-    again = ready("--scheduler", "asha", "--out", "held", "--resume")
+    again = ready("--scheduler", "hyperband", "--out", "held", "--resume")
     assert again.meta == first.meta
     said = capsys.readouterr().out
     assert f"note: the study began at commit {first.meta['provenance']['git_commit']}, this is c0ffee" in said
-    assert "note: asha has forgotten earlier trials" in said
+    assert "note: hyperband compares trials of one run" in said
 
 
 def test_two_runs_of_one_plan_are_two_studies() -> None:
@@ -583,7 +586,7 @@ class Stage:
     """Ctrl-C after so many trials."""
     planned: list[str] = field(default_factory=list)
     joint: list[tuple[Joint, int, Sequence[str]]] = field(default_factory=list)
-    restored: Mapping[str, Path] = field(default_factory=dict)
+    past: list[dict[str, Any]] = field(default_factory=list)
     uris: list[str] = field(default_factory=list)
     tracked: list[dict[str, Any]] = field(default_factory=list)
     closed: list[tuple[Sequence[Path], str]] = field(default_factory=list)
@@ -593,9 +596,9 @@ class Stage:
         return [], f"claims of {len(list((folder / 'trials').glob('*.jsonl')))} trials"
 
     def run_planned(
-        self, planned: Sequence[Planned], place: Any, scheduler: str, restore: Mapping[str, Path]
+        self, planned: Sequence[Planned], place: Any, stopping: Stopping, past: Iterable[dict[str, Any]]
     ) -> None:
-        self.restored = restore
+        self.past = list(past)
         for number, p in enumerate(planned):
             if number == self.stop_after:
                 raise KeyboardInterrupt
@@ -603,8 +606,11 @@ class Stage:
             for row in rows_of(p, self.ends.get(p.name, "completed")):
                 place.recorder.row(row)
 
-    def run_joint(self, joint: Joint, trials: int, objectives: Sequence[str], place: Any) -> None:
+    def run_joint(
+        self, joint: Joint, begun: Sequence[Planned], trials: int, objectives: Sequence[str], place: Any
+    ) -> None:
         self.joint.append((joint, trials, objectives))
+        self.planned += [p.name for p in begun]
         for number in range(trials):
             chosen = replace(joint.base.trial, seeds=replace(joint.base.trial.seeds, search=100 + number))
             p = replace(joint.base, name=f"searched {number}", axes={"K": 4}, trial=chosen)
@@ -613,7 +619,7 @@ class Stage:
 
 
 def rows_of(p: Planned, status: str) -> Iterator[dict[str, Any]]:
-    common = {"trial": p.trial.id, "attempt": "a", "time": 1000.0}
+    common = {"trial": p.trial.id, "attempt": uuid.uuid4().hex, "time": 1000.0}
     yield common | {
         "kind": "start",
         "name": p.name,
@@ -709,19 +715,23 @@ def test_only_what_has_not_ended_is_resumed(stage: Stage, capsys: pytest.Capture
     }
     with pytest.raises(SystemExit, match="1"):  # for scripts to see that something failed
         main(sweep_k.STUDY, [*TINY, "--out", "study"])
-    checkpoint = Path("study/tune/run-1") / trial_id("K=1 seed=0") / "checkpoint_000000"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.pt").touch()
     stage.planned.clear()
     stage.ends = {}
     main(sweep_k.STUDY, [*TINY, "--out", "study", "--resume"])
     assert stage.planned == ["K=1 seed=0"]  # it failed; the others would end again as they did
-    assert stage.restored == {trial_id("K=1 seed=0"): checkpoint}
+    assert len({row["trial"] for row in stage.past}) == 5  # for ASHA and median stopping to go on from
     assert "5 trials, 4 finished before, in study" in capsys.readouterr().out
 
 
-def trial_id(name: str) -> str:
-    return next(p.trial.id for p in ready().planned if p.name == name)
+def test_two_processes_do_not_run_one_study(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_it_twice(*_: object) -> None:
+        with pytest.raises(FileExistsError, match="is being run by another process"), held(Path("study")):
+            pass
+
+    monkeypatch.setattr(stage, "run_planned", run_it_twice)
+    main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    with held(Path("study")):
+        pass
 
 
 def test_a_finished_study_is_not_run_again(stage: Stage) -> None:

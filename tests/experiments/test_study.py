@@ -15,6 +15,7 @@ import torch
 
 import experiments
 from experiments import compare_methods, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k, sweep_skips
+from experiments.stopping import Stopping
 from experiments.study import (
     SEEDS,
     SHORT,
@@ -304,7 +305,7 @@ def test_a_study_has_one_id_in_every_process() -> None:
         Settings("tiny", changes={"retrain.lr.start": 0.06}),
         Settings("tiny", changes={"data.valid": 0.25}),
         Settings("tiny", changes={"seeds.split": 1}),
-        Settings("tiny", scheduler="asha"),
+        Settings("tiny", stopping=Stopping("asha")),
         Settings("tiny", objectives=("error", "params")),
     ],
     ids=lambda settings: str(difference(vars(settings), vars(Settings("tiny")))),

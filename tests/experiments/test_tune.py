@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import time
 import warnings
 import weakref
@@ -35,8 +34,19 @@ from experiments import (
 from experiments.packing import Machine, Node, Share
 from experiments.recorder import Recorder
 from experiments.schedulers import scheduler
-from experiments.study import PRESETS, Domain, Joint, Planned, Resources, SchedulerName, Settings, Study, plan
-from experiments.tune import Forward, Place
+from experiments.stopping import SchedulerName, Stopping
+from experiments.study import (
+    PRESETS,
+    Domain,
+    Joint,
+    Planned,
+    Policy,
+    Resources,
+    Settings,
+    Study,
+    plan,
+)
+from experiments.tune import Forward, Halt, Place
 from experiments.worker import METRIC, TIME, TrialActor, configuration
 from nas.config import override, paths
 from nas.data import Arrays, load
@@ -177,7 +187,6 @@ def test_stages_of_a_progressive_search_are_parts_of_one_count() -> None:
     results = to_the_end(actor(trials("sweep_depths")["depths=5-11-17 seed=0"]))
     told = [(row["stage"], row["part"], row["epoch"]) for row in rows_of(results) if row["kind"] == "epoch"]
     assert told[:3] == [("search", 0, 0), ("search", 1, 1), ("search", 2, 2)]
-    assert [result.get("should_checkpoint", False) for result in results[:4]] == [True] * 3 + [False]
 
 
 def test_a_trial_starts_and_ends_once() -> None:
@@ -189,7 +198,7 @@ def test_rows_obey_the_contract() -> None:
     p = trials()[K4]
     start, *epochs, end = rows_of(complete(K4))
     common = {"kind", "trial", "attempt", "time"}
-    assert start.keys() == common | {"name", "arm", "axes", "config", "params", "host"}
+    assert start.keys() == common | {"name", "arm", "axes", "config", "params", "host", "resumed"}
     assert (start["name"], start["arm"], start["axes"]) == ("K=4 seed=0", "K=4", {"K": 4, "seed": 0})
     assert start["config"] == p.trial.to_dict()
     assert start["host"].keys() == {"node", "device", "threads", "memory_mb"}
@@ -273,9 +282,11 @@ def test_the_size_of_a_network_is_an_objective_once_it_is_known() -> None:
 
 
 def test_a_configuration_is_plain_data() -> None:
-    config = configuration(trials()[K4], Share(cpus=2.5, gpus=0.5, memory_mb=1024), Path("somewhere"))
+    policy = Policy(checkpoint_seconds=5, deterministic=True)
+    config = configuration(trials()[K4], Share(cpus=2.5, gpus=0.5, memory_mb=1024), Path("somewhere"), policy)
     assert json.loads(json.dumps(config)) == config
-    assert (config["threads"], config["gpus"], config["restore"]) == (2, 0.5, "somewhere")
+    assert (config["threads"], config["gpus"], config["checkpoints"]) == (2, 0.5, "somewhere")
+    assert (config["checkpoint_seconds"], config["deterministic"]) == (5, True)
     assert config["bundle"] == {"CPU": 2.5, "GPU": 0.5, "memory": 2**30}
     assert configuration(trials()[K4], Share(cpus=0.5, gpus=0, memory_mb=1))["threads"] == 1
 
@@ -295,91 +306,13 @@ def test_a_checkpoint_goes_on_bit_for_bit(epochs: int, tmp_path: Path) -> None:
     assert plain(rows_of(to_the_end(resumed))) == plain(rows_of(complete(K4)[epochs:]))
 
 
-def test_a_checkpoint_of_an_earlier_run_goes_on(tmp_path: Path) -> None:
-    running = actor(K4)
-    for _ in range(3):
-        running.step()
-    running.save_checkpoint(str(tmp_path))
-    rows = rows_of(to_the_end(actor(K4, restore=str(tmp_path))))
-    assert rows[0]["kind"] == "start"  # an attempt of its own
-    assert rows[0]["attempt"] != running.attempt
-    assert plain(rows[1:]) == plain(rows_of(complete(K4)[3:]))
-
-
-def test_an_end_is_not_run_again(tmp_path: Path) -> None:
-    running = actor(K4)
-    to_the_end(running)
-    running.save_checkpoint(str(tmp_path))
-    result = actor(K4, restore=str(tmp_path)).step()
-    assert result["done"]
-    assert [row["kind"] for row in result["rows"]] == ["start", "end"]
-    assert plain(result["rows"])[-1] == plain(rows_of(complete(K4)))[-1]
-
-
-def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = actor(K4)
-    running.step()
-
-    def full_disk(held: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        running.save_checkpoint(str(tmp_path))
-    assert not (tmp_path / worker.CHECKPOINT).exists()
-
-
-def test_a_trial_takes_no_checkpoint_of_another(tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_scheduler_kept_does_not_set_a_trial_back(tmp_path: Path) -> None:
     running = actor(K4)
     running.step()
     running.save_checkpoint(str(tmp_path))
-    results = to_the_end(actor(K8, restore=str(tmp_path)))
-    assert [row["kind"] for row in rows_of(results)] == ["start", "end"]  # nor does it start anew unasked
-    reason = single_end(results, "failed")["reason"]
-    assert f"checkpoint of trial {running.id} cannot continue trial" in reason
-
-
-def test_a_torn_checkpoint_is_told_of(tmp_path: Path) -> None:
-    (tmp_path / worker.CHECKPOINT).write_bytes(b"half a file")
-    refused = actor(K4, restore=str(tmp_path))
-    refused.save_checkpoint(str(tmp_path))
-    assert (tmp_path / worker.CHECKPOINT).read_bytes() == b"half a file"
-    assert single_end(to_the_end(refused), "failed")
-
-
-def test_checkpoints_come_with_stages_and_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [result.get("should_checkpoint", False) for result in complete(K4)] == [
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
-    running = actor(K4)
-    clock = SimpleNamespace(now=time.monotonic())
-    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
-    asked = []
-    for seconds in (40.0, 30.0, 40.0, 30.0):
-        clock.now += seconds
-        asked.append(running.step().get("should_checkpoint", False))
-    assert asked == [False, True, False, True]  # the second is the stage's end, from which it counts anew
-
-
-def test_newest_checkpoints_are_found_across_runs(tmp_path: Path) -> None:
-    for age, place in enumerate(
-        ("run-2/a/checkpoint_000000", "run-1/a/checkpoint_000003", "run-1/b/checkpoint_000001")
-    ):
-        path = tmp_path / "tune" / place / worker.CHECKPOINT
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (1000 - age, 1000 - age))
-    (tmp_path / "tune/run-3/c/checkpoint_000000").mkdir(parents=True)  # a crash before it was written
-    found = tune.newest_checkpoints(tmp_path, ["a", "b", "c", "d"])
-    assert {trial: str(path.relative_to(tmp_path / "tune")) for trial, path in found.items()} == {
-        "a": "run-2/a/checkpoint_000000",
-        "b": "run-1/b/checkpoint_000001",
-    }
+    running.step()
+    running.load_checkpoint(str(tmp_path))
+    assert [row["epoch"] for row in running.step()["rows"]] == [0]  # the first of retraining
 
 
 # Making way for another trial
@@ -488,7 +421,7 @@ def test_memory_that_runs_out_at_the_start_ends_a_trial(
         raise MemoryError("no room for the supernet")
 
     monkeypatch.setattr(worker, "TrialRun", build)
-    running = actor(K4, restore=str(tmp_path / "nowhere"))
+    running = actor(K4, checkpoints=str(tmp_path / "nowhere"))
     running.save_checkpoint(str(tmp_path))
     assert not list(tmp_path.iterdir())
     results = to_the_end(running)
@@ -576,7 +509,7 @@ def test_a_chosen_trial_is_named_by_what_it_does() -> None:
 def test_what_pbt_changes_is_there_to_be_changed(study: Study) -> None:
     for preset in PRESETS:
         for p in plan(study, Settings(preset, seeds=1)):  # type: ignore[arg-type]
-            changed = override(p.trial, dict.fromkeys(schedulers.PBT_FIELDS, 0.01))
+            changed = override(p.trial, dict.fromkeys(schedulers.pbt_start(p.trial), 0.01))
             assert (changed.space, changed.method, changed.search) == (
                 p.trial.space,
                 p.trial.method,
@@ -614,6 +547,7 @@ class Member:
         self.last_result: dict[str, Any] = {}
         self.experiment_tag = ""
         self.error: Exception | None = None
+        self.num_failures = 1
         checkpoints = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
         self.run_metadata = SimpleNamespace(checkpoint_manager=checkpoints)
 
@@ -631,7 +565,7 @@ def decide(chosen: Any, member: Member, **result: Any) -> str:
 
 
 def members(chosen: Any, count: int) -> list[Member]:
-    found = [Member(f"{number}", dict.fromkeys(schedulers.PBT_FIELDS, 0.01)) for number in range(count)]
+    found = [Member(f"{number}", {"retrain.weight_decay": 0.01}) for number in range(count)]
     for member in found:
         chosen.on_trial_add(CONTROLLER, member)
     return found
@@ -639,69 +573,14 @@ def members(chosen: Any, count: int) -> list[Member]:
 
 @pytest.mark.parametrize("name", ["fifo", "asha", "hyperband", "median", "pbt"])
 def test_no_scheduler_cuts_a_search(name: SchedulerName) -> None:
-    chosen = scheduler(name, epochs=9)
+    chosen = scheduler(Stopping(name), 9, 0, fields=["retrain.weight_decay"])
     for member in members(chosen, 4):
         for iteration in range(1, 31):  # longer than any retraining
             assert decide(chosen, member, training_iteration=iteration) == "CONTINUE"
 
 
-@pytest.mark.parametrize("name", ["fifo", "asha", "median"])
-def test_a_search_has_no_say_in_what_is_cut(name: SchedulerName) -> None:
-    """Long searches and short ones, then the same retraining: the decisions are the same."""
-
-    def decisions(search_epochs: int) -> list[str]:
-        chosen: Any = scheduler(name, epochs=8)
-        found = []
-        for rank, member in enumerate(members(chosen, 5)):
-            for iteration in range(search_epochs):
-                decide(chosen, member, training_iteration=iteration + 1)
-            for epoch in range(1, 8):
-                decision = decide(
-                    chosen,
-                    member,
-                    training_iteration=search_epochs + epoch,
-                    **{TIME: epoch, METRIC: 0.1 * (rank + 1) + 0.1 / epoch},
-                )
-                found.append(decision)
-                if decision == "STOP":
-                    break
-            chosen.on_trial_complete(CONTROLLER, member, {})
-        return found
-
-    assert decisions(1) == decisions(50)
-    assert ("STOP" in decisions(1)) == (name != "fifo")
-
-
-def test_asha_cuts_the_worse_half_from_an_eighth_of_the_retraining_on() -> None:
-    chosen = scheduler("asha", epochs=16)
-    good, bad = members(chosen, 2)
-    for epoch in (1, 2):
-        assert decide(chosen, good, **{TIME: epoch, METRIC: 0.2}) == "CONTINUE"
-    assert decide(chosen, bad, **{TIME: 1, METRIC: 0.9}) == "CONTINUE"
-    assert decide(chosen, bad, **{TIME: 2, METRIC: 0.8}) == "STOP"
-
-
-def test_median_stopping_waits_for_three_others() -> None:
-    chosen = scheduler("median", epochs=8)
-    found = members(chosen, 4)
-    decisions = [
-        [decide(chosen, member, **{TIME: epoch, METRIC: error}) for epoch in (1, 2)]
-        for member, error in zip(found, (0.1, 0.2, 0.3, 0.9), strict=True)
-    ]
-    assert decisions == [["CONTINUE", "CONTINUE"]] * 3 + [["CONTINUE", "STOP"]]
-
-
-@pytest.mark.parametrize("name", ["asha", "median"])
-def test_a_trial_that_diverges_says_nothing_of_the_others(name: SchedulerName) -> None:
-    chosen: Any = scheduler(name, epochs=8)
-    diverged, *others = members(chosen, 3)
-    chosen.on_trial_complete(CONTROLLER, diverged, {"done": True, "rows": []})
-    decisions = [decide(chosen, m, **{TIME: epoch, METRIC: 0.5}) for epoch in (1, 2) for m in others]
-    assert decisions == ["CONTINUE"] * 4
-
-
 def test_hyperband_judges_retraining_epochs() -> None:
-    chosen = scheduler("hyperband", epochs=9)
+    chosen = scheduler(Stopping("hyperband"), 9, 0)
     *_, one, other = members(chosen, 5)  # a second bracket, whose first rung is a third of the way
     assert decide(chosen, one, training_iteration=100) == "CONTINUE"
     decisions = [decide(chosen, one, training_iteration=100 + e, **{TIME: e, METRIC: 0.1}) for e in (1, 2, 3)]
@@ -742,7 +621,7 @@ def test_a_resumed_joint_search_draws_other_values(tmp_path: Path, monkeypatch: 
         packing = SimpleNamespace(largest=lambda trials: ONE, slots=lambda trials: 2)
         place = Place(packing, arrays(), recorder, folder)  # type: ignore[arg-type]
         for count in (2, 2):
-            tune.run_joint(joint, count, ["error"], place)
+            tune.run_joint(joint, [], count, ["error"], place)
     assert drawn[:4] == drawn[4:]  # the same study draws the same
     assert len(set(drawn)) == 4  # and goes on where it stopped
 
@@ -774,10 +653,10 @@ def test_rows_are_handed_on_as_they_come(kept: Kept) -> None:
     tell(forward, "start", member)
     for result in complete(K4):
         tell(forward, "result", member, result=result)
-    assert forward.ended == 1
+    assert forward.ended == {"x"}
     tell(forward, "complete", member)
     assert kept.rows == rows_of(complete(K4))
-    assert forward.ended == 1
+    assert forward.ended == {"x"}
 
 
 def test_a_pbt_copy_keeps_its_own_identity(kept: Kept) -> None:
@@ -803,14 +682,14 @@ def test_a_trial_that_a_scheduler_stops_ends_pruned(kept: Kept, tmp_path: Path) 
     for result in complete(K4)[:4]:
         tell(forward, "result", member, result=result)
         member.last_result = result
-    assert forward.ended == 0
+    assert not forward.ended
     tell(forward, "complete", member)
     end = kept.rows[-1]
     assert (end["status"], end["metrics"]) == ("pruned", {})
     assert end["genotype"] == rows_of(complete(K4))[-1]["genotype"]
     assert end["reason"] == "stopped by the scheduler after 2 retraining epochs"
     assert {end["attempt"], end["trial"]} == {kept.rows[0]["attempt"], kept.rows[0]["trial"]}
-    assert forward.ended == 1
+    assert forward.ended == {"x"}
     assert list(export(tmp_path, kept.rows).trials["status"]) == ["pruned"]
 
 
@@ -824,6 +703,38 @@ def test_a_trial_that_fails_ends_failed_with_the_reason(kept: Kept, tmp_path: Pa
     assert end["status"] == "failed"
     assert end["reason"] == "x" * 500  # one line, the last of it: there a traceback says what happened
     assert list(export(tmp_path, kept.rows).trials["status"]) == ["failed"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.",
+        "The actor died unexpectedly: killed because the node was running low on memory",
+    ],
+)
+def test_a_worker_that_was_killed_for_memory_each_time_is_out_of_memory(kept: Kept, error: str) -> None:
+    forward, member = Forward(kept), Member("x", planned_config(K4))
+    tell(forward, "start", member)
+    tell(forward, "result", member, result=complete(K4)[0])
+    member.error, member.num_failures = RuntimeError(error), 4
+    tell(forward, "error", member)
+    assert kept.rows[-1]["status"] == "oom"
+    assert kept.rows[-1]["reason"].startswith("started 4 times: ")
+
+
+def test_nothing_is_told_of_trials_once_nothing_can_be_recorded() -> None:
+    def full(row: dict[str, Any]) -> None:
+        raise OSError("No space left on device")
+
+    forward, member = Forward(SimpleNamespace(row=full)), Member("x", planned_config(K4))
+    halt = Halt(forward)
+    tell(forward, "start", member)
+    assert not halt.stop_all()
+    tell(forward, "result", member, result=complete(K4)[0])
+    assert halt.stop_all()
+    assert not halt("x", {})  # the rest end with the study, not one by one
+    tell(forward, "complete", member)
+    assert not forward.ended  # it is to go on, where there is room
 
 
 @pytest.mark.parametrize("event", ["error", "complete"])

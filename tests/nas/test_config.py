@@ -238,13 +238,13 @@ def changes_of(value: Any, path: str) -> Iterator[Any]:
     elif isinstance(value, float):
         yield from (value / 2, value + 0.25, value * 2)
     elif isinstance(value, list):
-        yield from (value[::-1], [0.25] * len(value), [{}])
+        yield from (value[::-1], [0.25] * len(value), [{}], ["snip"])
     elif isinstance(value, str):
         yield from ("imagenet", "cifar", "alpha", "first", "last", "shift", "current", "exact")
         yield from ("default", "bf16", value + "2")
     else:
         ops = ("skip_connect", "sep_conv_3x3")
-        yield from (2, 0.5, "x", (0.1, 0.1, 0.1, 0.1), (ops,) * 14)
+        yield from (2, 0.5, "x", (0.1, 0.1, 0.1, 0.1), (ops,) * 14, {})
 
 
 def other(trial: Trial, path: str, value: Any) -> Trial:

@@ -1,0 +1,681 @@
+"""Loaders: from our own tables, an MLflow store, or published ground truth to one `Sample`.
+
+A loader refuses what it does not recognise; nothing is guessed from the order of columns or rows, and pickles
+are read by an unpickler that can build plain data only.
+"""
+
+import hashlib
+import io
+import json
+import math
+import pickle
+import sqlite3
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis import records
+from analysis.records import Tables
+from analysis.summary import by_search
+from nas.genotype import Genotype
+
+PROTOCOL = ("config.retrain.", "config.data.")
+"""Prefixes of the columns that say how a final error was measured."""
+
+_NOT_PROTOCOL = ("workers", "download", "root", "stream", "compile", "checkpoint_cells")
+"""Last parts of such columns that cannot change a result."""
+
+# Names of end metrics that are results of retraining, and columns that describe a trial.
+_RESULTS = ("test_", "valid_", "train_", "retrain_", "best_")
+_NOT_METRICS = {"attempts", "completion_probability", "marks", "audit", "search_id", "retraining_id"}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Runs or architectures with their final errors, from whichever source; frames are not to be changed."""
+
+    tables: Tables
+    kind: Literal["study", "ground truth"]
+
+    endpoint: str
+    """What `test_error` is, in words."""
+
+    metrics: pd.DataFrame
+    """What may predict the error: one column per metric, on the index of `tables.trials`."""
+
+    finals: pd.DataFrame
+    """Every final training: `trial_id`, `retrain_seed`, `test_error`."""
+
+    sources: Mapping[str, str]
+    """SHA-256 of the files read, by name."""
+
+    n_rows: int
+    """Rows of the source, copies of one result included."""
+
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the source."""
+
+    protocols: Mapping[str, Sequence[str]] | None = None
+    """Columns in which the rows' protocols differ, with their values; None if there is one protocol."""
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """One row per trial or architecture."""
+        return self.tables.trials
+
+    @property
+    def error(self) -> "pd.Series[float]":
+        """Final error of each row, NaN where it has none."""
+        used = self.trials["status"] == "completed"
+        return self.trials["test_error"].where(used).astype(float)
+
+    @property
+    def units(self) -> "pd.Series[Any]":
+        """Independent unit of each row: its network where known, since several runs may find the same one."""
+        known = self.trials["genotype_key"]
+        return known.where(known.notna(), self.trials["trial_id"]).astype(object)
+
+
+def load(path: Path, *, study: str | None = None, sha256: str | None = None) -> Sample:
+    """Sample of a study folder, an MLflow store (`.db`), NAS-Bench-Macro (`.json`), or curves (`.npy`).
+
+    Args:
+        path: what to read; learning curves are a folder with one `.npy` and one list of genotypes.
+        study: id or name of the study, where an MLflow store holds several.
+        sha256: of the file, refused if it differs; own tables carry theirs.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: it is none of these, its hash is another, or its content is not as it should be.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a study folder or a file of ground truth")
+    if path.is_dir() and (path / "study.json").is_file():
+        return from_study(path)
+    if path.is_dir():
+        arrays = sorted(path.glob("*.npy"))
+        if len(arrays) != 1:
+            raise ValueError(
+                f"{path} holds no study.json, and {len(arrays)} .npy files; give a study folder, or one with "
+                "one array of learning curves and one list of genotypes"
+            )
+        return from_curves(arrays[0], sha256=sha256)
+    readers = {".json": from_nas_bench_macro, ".npy": from_curves}
+    if path.suffix in (".db", ".sqlite", ".sqlite3"):
+        return from_mlflow(path, study)
+    if path.suffix not in readers:
+        raise ValueError(
+            f"{path}: nothing known ends in {path.suffix!r}; give a study folder, an MLflow store (.db), "
+            "NAS-Bench-Macro (.json) or learning curves (.npy)"
+        )
+    return readers[path.suffix](path, sha256=sha256)
+
+
+# Studies
+
+
+def from_study(folder: Path) -> Sample:
+    """Sample of a study folder; its tables are built from the records if it has none yet."""
+    if not (folder / "tables" / "manifest.json").is_file() and any((folder / "trials").glob("*.jsonl")):
+        records.export(folder)
+    tables = records.read_tables(folder)
+    manifest = json.loads((folder / "tables" / "manifest.json").read_text())
+    sources = {f"tables/{name}.parquet": digest for name, digest in sorted(manifest["sha256"].items())}
+    sources["study.json"] = _digest(folder / "study.json")
+    return of_tables(tables, sources)
+
+
+def of_tables(tables: Tables, sources: Mapping[str, str]) -> Sample:
+    """Sample of the tables of a study.
+
+    Raises:
+        ValueError: a column that every study has is missing.
+    """
+    wanted = {"trial_id", "arm", "status", "test_error", "genotype_key", "attempts"}
+    if missing := wanted - set(tables.trials.columns):
+        raise ValueError(
+            f"the trials table lacks the column {', '.join(sorted(missing))}; export the study again"
+        )
+    n_rows = len(tables.trials)
+    protocols = differing(tables.trials[tables.trials["status"] != "pending"])
+    finals = _finals(tables)
+    tables = by_search(tables)
+    retrained = finals.groupby("trial_id").size().max() if len(finals) else 0
+    return Sample(
+        tables=tables,
+        kind="study",
+        endpoint="test error after the last epoch of retraining"
+        + (f", mean of up to {retrained} retrainings" if retrained > 1 else ""),
+        metrics=search_metrics(tables),
+        finals=finals,
+        sources=sources,
+        n_rows=n_rows,
+        protocols=protocols,
+    )
+
+
+def _finals(tables: Tables) -> pd.DataFrame:
+    """Every final training of a study, under the row that `by_search` keeps of its search."""
+    used = tables.finals()
+    seeds = used["retrain_seed"] if "retrain_seed" in used else pd.Series(0, index=used.index)
+    rows = used["trial_id"]
+    if "search_id" in used:
+        kept = by_search(tables).trials.set_index("search_id")["trial_id"]
+        rows = used["search_id"].map(kept.to_dict())
+    found = pd.DataFrame({"trial_id": rows, "retrain_seed": seeds, "test_error": used["test_error"]})
+    return found.reset_index(drop=True)
+
+
+def search_metrics(tables: Tables) -> pd.DataFrame:
+    """What was recorded of each trial before its retraining: end metrics, else the last epoch of its search.
+
+    Only searches that ended count: the last epoch of one that was cut short is not its result.
+    """
+    trials = tables.trials
+    fixed = {"trial_id", "arm", "name", "status", "reason", "genotype", "genotype_key", "study_id"}
+    names = [
+        name
+        for name in trials.columns
+        if name not in fixed | _NOT_METRICS
+        and "." not in name
+        and not name.endswith("_seed")
+        and not name.startswith(_RESULTS)
+        and pd.api.types.is_numeric_dtype(trials[name])
+    ]
+    found = trials[names].astype(float)
+    epochs = tables.epochs
+    if len(epochs):
+        retrained = epochs.loc[epochs["stage"] == "retrain", "trial_id"].unique()
+        search = epochs[(epochs["stage"] == "search") & epochs["trial_id"].isin(retrained)]
+        by_key = search.sort_values("epoch").groupby(["trial_id", "key"], observed=True)["value"]
+        wide = by_key.last().unstack("key")
+        for name in wide.columns:  # what adds up over epochs, and what is a peak
+            if name == "seconds" or str(name).endswith("_mb"):
+                wide[name] = (by_key.sum() if name == "seconds" else by_key.max()).unstack("key")[name]
+        wide.index = wide.index.astype(str)
+        wide = wide.reindex(trials["trial_id"]).set_axis(trials.index)
+        for key in map(str, wide.columns):
+            # The peak of a trial is that of its search or its retraining.
+            name = key if key in found.columns and not key.endswith("_mb") else f"search_{key}"
+            column = wide[key].astype(float)
+            found[name] = found[name].where(found[name].notna(), column) if name in found else column
+    return found[sorted(name for name in found.columns if found[name].notna().any())]
+
+
+def differing(trials: pd.DataFrame) -> dict[str, list[str]] | None:
+    """Columns of the protocol in which rows differ, with the values; None if all were measured alike."""
+    columns = [
+        name
+        for name in trials.columns
+        if name.startswith(PROTOCOL) and name.rpartition(".")[2] not in _NOT_PROTOCOL
+    ]
+    if "split_seed" in trials:
+        columns.append("split_seed")
+    found = {name: sorted(map(str, trials[name].unique())) for name in columns}
+    return {name: values for name, values in found.items() if len(values) > 1} or None
+
+
+# MLflow
+
+
+def from_mlflow(path: Path, study: str | None = None) -> Sample:
+    """Sample of a study in an MLflow store on SQLite, read by plain SQL and without writing to it.
+
+    Raises:
+        ValueError: it is no such store, holds no study, or several and `study` names none of them.
+    """
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
+        try:
+            parent, about = _mlflow_study(store, path, study)
+            tables = _mlflow_tables(store, parent, about)
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path} is not an MLflow store: {error}") from error
+    return of_tables(tables, {})
+
+
+def _mlflow_study(store: sqlite3.Connection, path: Path, study: str | None) -> tuple[str, dict[str, str]]:
+    """Parent run and its tags."""
+    query = (
+        "SELECT t.run_uuid, t.key, t.value FROM tags t JOIN tags k ON k.run_uuid = t.run_uuid "
+        "JOIN runs r ON r.run_uuid = t.run_uuid "
+        "WHERE k.key = 'kind' AND k.value = 'study' AND r.lifecycle_stage = 'active'"
+    )
+    parents: dict[str, dict[str, str]] = {}
+    for run, key, value in store.execute(query):
+        parents.setdefault(run, {})[key] = value
+    wanted = {
+        run: tags
+        for run, tags in parents.items()
+        if study is None or study in (tags.get("study_id"), tags.get("name"))
+    }
+    if len(wanted) != 1:
+        known = ", ".join(sorted(f"{tags.get('study_id')} ({tags.get('name')})" for tags in parents.values()))
+        raise ValueError(
+            f"{path} holds {len(wanted)} studies called {study!r}; name one by its id: "
+            f"{known or 'it has none'}"
+            if study
+            else f"{path} holds {len(parents)} studies; name one by its id with --study: {known or 'none'}"
+        )
+    return next(iter(wanted.items()))
+
+
+def _mlflow_tables(store: sqlite3.Connection, parent: str, about: Mapping[str, str]) -> Tables:
+    children = (
+        "SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = ? AND run_uuid IN "
+        "(SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active')"
+    )
+    runs: dict[str, dict[str, Any]] = {
+        run: {"name": name, "started": started, "ended": ended}
+        for run, name, started, ended in store.execute(
+            f"SELECT run_uuid, name, start_time, end_time FROM runs WHERE run_uuid IN ({children})", (parent,)
+        )
+    }
+    tags: dict[str, dict[str, str]] = {run: {} for run in runs}
+    for run, key, value in store.execute(
+        f"SELECT run_uuid, key, value FROM tags WHERE run_uuid IN ({children})", (parent,)
+    ):
+        tags[run][key] = value
+    config: dict[str, dict[str, Any]] = {run: {} for run in runs}
+    for run, key, value in store.execute(
+        f"SELECT run_uuid, key, value FROM params WHERE run_uuid IN ({children})", (parent,)
+    ):
+        config[run][key] = _literal(value)
+    curves: list[tuple[str, str, int, str, float]] = []
+    ends: dict[str, dict[str, float]] = {run: {} for run in runs}
+    for run, key, step, value, is_nan in store.execute(
+        "SELECT run_uuid, key, step, value, is_nan FROM metrics "
+        f"WHERE run_uuid IN ({children}) ORDER BY run_uuid, key, step, timestamp",
+        (parent,),
+    ):
+        group, _, name = key.partition("/")
+        number = math.nan if is_nan else float(value)
+        if group == "final":
+            ends[run][name] = number
+        elif group in ("search", "retrain"):
+            curves.append((tags[run]["trial_id"], group, int(step), name, number))
+    rows = []
+    for run, head in runs.items():
+        tag = tags[run]
+        status = tag.get("status", "pending")
+        row: dict[str, Any] = {
+            "study_id": about.get("study_id"),
+            "trial_id": tag["trial_id"],
+            "arm": tag.get("arm"),
+            "name": head["name"],
+            "status": "pending" if status == "running" else status,
+            "reason": tag.get("reason"),
+            "attempts": 1,
+            "started": pd.to_datetime(head["started"], unit="ms", utc=True),
+            "ended": pd.to_datetime(head["ended"], unit="ms", utc=True),
+            "genotype": tag.get("genotype"),
+            "genotype_key": tag.get("genotype_key"),
+        }
+        row |= {
+            f"{key.removeprefix('seeds.')}_seed": v
+            for key, v in config[run].items()
+            if key.startswith("seeds.")
+        }
+        row |= {name: ends[run].get(name, math.nan) for name in records.END_METRICS} | ends[run]
+        row |= {f"config.{key}": value for key, value in config[run].items() if "." in key}
+        rows.append(row)
+    arms = _literal(about.get("arms", "[]"))
+    study: dict[str, Any] = dict.fromkeys(("axis", "reference", "baseline")) | {
+        key: about.get(key, "") for key in ("study_id", "name", "question")
+    }
+    study |= {
+        key: about[key]
+        for key in ("axis", "reference", "baseline", "command", "scheduler", "preset")
+        if key in about
+    }
+    study |= {"schema": records.SCHEMA, "arms": arms if isinstance(arms, list) else []}
+    study["joint"] = about.get("joint") == "True"
+    origin = (
+        "git_commit",
+        "git_dirty",
+        "python",
+        "platform",
+        "cpu",
+        "gpus",
+        "data_name",
+        "data_sha256",
+        "config_hash",
+    )
+    packages = {key[9:]: value for key, value in about.items() if key.startswith("packages.")}
+    study["provenance"] = {key: about.get(key) for key in origin} | {"packages": packages}
+    order = {arm: index for index, arm in enumerate([*study["arms"], study["baseline"]])}
+    rows.sort(key=lambda row: (order.get(row["arm"], len(order)), row["trial_id"]))
+    trials = pd.DataFrame(rows)
+    # A retried epoch comes twice; the rows are in order of time, and the last one counts.
+    epochs = pd.DataFrame(curves, columns=["trial_id", "stage", "epoch", "key", "value"])
+    epochs = epochs.drop_duplicates(["trial_id", "stage", "epoch", "key"], keep="last").reset_index(drop=True)
+    if trials.empty:
+        raise ValueError(f"study {study['study_id']} has no trial in this store; send them with a sync")
+    genotypes = pd.DataFrame(columns=["trial_id", "stage", "epoch", "genotype", "key"])
+    return Tables(study, trials, epochs, genotypes)
+
+
+def _literal(text: str) -> Any:
+    """Value of a parameter as MLflow holds it: text of Python or JSON values."""
+    plain: dict[str, Any] = {"None": None, "True": True, "False": False}
+    if text in plain:
+        return plain[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+# Ground truth
+
+
+_STAGES = (2, 3, 3)
+"""Layers of the stages of NAS-Bench-Macro; the first of each changes the resolution."""
+
+
+def from_nas_bench_macro(path: Path, *, sha256: str | None = None) -> Sample:
+    """Every architecture of NAS-Bench-Macro, one row per different network.
+
+    Keys whose identities stand elsewhere in a stage are one network and repeat one result; one of each is
+    kept. Groups (`arm`) are the numbers of layers that are not identities.
+
+    Source: Su et al. (2021), github xiusu/NAS-Bench-Macro; the accuracy is the best over epochs on the
+    test set, in percent, of three trainings.
+    """
+    content = _read(path, sha256)
+    try:
+        entries = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; give the benchmark's own file") from error
+    _check_macro(entries, path)
+    keep: dict[str, str] = {}
+    for key in sorted(entries):
+        first = keep.setdefault(canonical_macro(key), key)
+        if entries[first]["test_acc"] != entries[key]["test_acc"]:
+            raise ValueError(f"{path}: {first} and {key} are one network with two results; restore the file")
+    rows, finals = [], []
+    for network, key in keep.items():
+        entry, codes = entries[key], [int(digit) for digit in key]
+        errors = [1 - accuracy / 100 for accuracy in entry["test_acc"]]
+        blocks = sum(code > 0 for code in codes)
+        rows.append(
+            {
+                "study_id": "nas-bench-macro",
+                "trial_id": key,
+                "arm": f"{blocks} blocks",
+                "name": key,
+                "status": "completed",
+                "reason": None,
+                "attempts": 1,
+                "genotype": None,
+                "genotype_key": network,
+                "test_error": float(np.mean(errors)),
+                "params_m": entry["params"] / 1e6,
+                "madds_m": entry["flops"] / 1e6,
+                "blocks": float(blocks),
+                "large_blocks": float(sum(code == 2 for code in codes)),
+                **{
+                    f"blocks_stage_{index + 1}": float(sum(code > 0 for code in codes[at : at + size]))
+                    for index, (at, size) in enumerate(zip((0, 2, 5), _STAGES, strict=True))
+                },
+            }
+        )
+        finals += [
+            {"trial_id": key, "retrain_seed": seed, "test_error": error} for seed, error in enumerate(errors)
+        ]
+    trials = pd.DataFrame(rows)
+    trials = trials.sort_values(["blocks", "trial_id"], kind="stable").reset_index(drop=True)
+    question = "Which simple measures of an architecture predict its error in NAS-Bench-Macro?"
+    tables = _ground_tables("nas-bench-macro", question, trials, hashlib.sha256(content).hexdigest())
+    metrics = [name for name in trials.columns if name.startswith(("params", "madds", "blocks", "large"))]
+    return Sample(
+        tables=tables,
+        kind="ground truth",
+        endpoint="mean test error of three trainings, each the best over its epochs, hence optimistic",
+        metrics=trials[metrics].astype(float),
+        finals=pd.DataFrame(finals),
+        sources={path.name: hashlib.sha256(content).hexdigest()},
+        n_rows=len(entries),
+        notes=(
+            f"{len(entries):,} keys are {len(keep):,} different networks; copies of one result are left out.",
+            "Arms are groups of networks with the same number of layers that are not identities.",
+            "The accuracy recorded is the best over epochs on the test set: it selects on what it measures.",
+        ),
+    )
+
+
+def _check_macro(entries: object, path: Path) -> None:
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{path} is not NAS-Bench-Macro: it holds no object of architectures")
+    for key, entry in entries.items():
+        if len(key) != sum(_STAGES) or set(key) - set("012"):
+            raise ValueError(f"{path}: key {key!r} is not eight digits of 0, 1 and 2")
+        if not isinstance(entry, dict) or (missing := {"test_acc", "params", "flops"} - entry.keys()):
+            lacks = ", ".join(sorted(missing)) if isinstance(entry, dict) else "its fields"
+            raise ValueError(f"{path}: architecture {key} lacks {lacks}")
+        accuracies = entry["test_acc"]
+        if (
+            not isinstance(accuracies, list)
+            or len(accuracies) != 3
+            or not all(isinstance(value, int | float) and 0 <= value <= 100 for value in accuracies)
+        ):
+            raise ValueError(f"{path}: test_acc of {key} is not three percentages: {accuracies!r}")
+
+
+def canonical_macro(key: str) -> str:
+    """Canonical key of NAS-Bench-Macro: after the first layer of a stage, identities go to its end."""
+    parts, at = [], 0
+    for size in _STAGES:
+        first, rest = key[at], key[at + 1 : at + size]
+        parts.append(first + rest.replace("0", "").ljust(size - 1, "0"))
+        at += size
+    return "".join(parts)
+
+
+def from_curves(path: Path, *, sha256: str | None = None) -> Sample:
+    """Learning curves: test accuracy in percent, (networks, epochs), and a list of the networks' genotypes.
+
+    The list lies beside the array as `.json`, `.txt` (one genotype a line) or pickle (`.pkl`, `.pickle`); its
+    items are genotypes as text, alone or with the best accuracy.
+
+    Source of the form: Yang et al. (2020), the NAS-Benchmark of 214 networks.
+    """
+    content = _read(path, sha256)
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a plain .npy array: {error}") from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating) or min(array.shape) < 2:
+        raise ValueError(f"{path} has shape {array.shape} of {array.dtype}; give floats, (networks, epochs)")
+    curves = array.astype(np.float64)
+    if not np.isfinite(curves).all() or curves.min() < 0 or curves.max() > 100 or curves.max() <= 1:
+        raise ValueError(
+            f"{path} holds values from {curves.min():g} to {curves.max():g}; give accuracy in percent"
+        )
+    lists = sorted(p for p in path.parent.iterdir() if p.suffix in (".json", ".txt", ".pkl", ".pickle"))
+    if len(lists) != 1:
+        raise ValueError(
+            f"{path.parent} holds {len(lists)} lists of genotypes; put one .json, .txt or .pkl there"
+        )
+    genotypes, best = _genotypes(lists[0])
+    if len(genotypes) != len(curves):
+        raise ValueError(f"{lists[0].name} names {len(genotypes)} genotypes for {len(curves)} curves")
+    notes = ["Arms are groups of networks with the same number of skips in the normal cell."]
+    notes += ["Test accuracy was recorded at every epoch; the endpoint is the last epoch, not the best one."]
+    wrong = int((np.abs(np.array(best) - curves.max(axis=1)) > 0.005).sum()) if best else 0
+    if wrong:
+        notes.append(f"{wrong} best accuracies of the list are not those of the curves: check their order.")
+    return _curve_sample(path, content, lists[0], curves, genotypes, tuple(notes))
+
+
+def _curve_sample(
+    path: Path,
+    content: bytes,
+    listed: Path,
+    curves: NDArray[np.float64],
+    genotypes: Sequence[Genotype],
+    notes: tuple[str, ...],
+) -> Sample:
+    ids = [f"{index:04d}" for index in range(len(curves))]
+    error = 1 - curves / 100
+    trials = pd.DataFrame(
+        {
+            "study_id": path.stem,
+            "trial_id": ids,
+            "arm": [f"{genotype.normal.skips} skips" for genotype in genotypes],
+            "name": ids,
+            "status": "completed",
+            "reason": None,
+            "attempts": 1,
+            "genotype": [str(genotype) for genotype in genotypes],
+            "genotype_key": [genotype.key for genotype in genotypes],
+            "test_error": error[:, -1],
+            "best_test_error": error.min(axis=1),
+            "retrain_seed": 0,
+        }
+    )
+    metrics = pd.DataFrame(
+        {
+            f"{what}_{name}": [float(getattr(getattr(genotype, name), what)) for genotype in genotypes]
+            for what in ("skips", "depth", "input_edges")
+            for name in ("normal", "reduce")
+        }
+    )
+    epochs = curves.shape[1]
+    for share in (0.05, 0.1, 0.25, 0.5):
+        at = max(math.ceil(share * epochs), 1) - 1
+        if at < epochs - 1:
+            metrics[f"error_at_epoch_{at + 1}"] = error[:, at]
+    order = trials.sort_values(["arm", "trial_id"], kind="stable").index
+    long = pd.DataFrame(
+        {
+            "trial_id": np.repeat(ids, epochs),
+            "stage": "retrain",
+            "epoch": np.tile(np.arange(epochs), len(ids)),
+            "key": "test_error",
+            "value": error.reshape(-1),
+        }
+    )
+    digest = hashlib.sha256(content).hexdigest()
+    trials, metrics = trials.loc[order].reset_index(drop=True), metrics.loc[order].reset_index(drop=True)
+    tables = _ground_tables(
+        path.stem, "How early do learning curves tell the final error?", trials, digest, long
+    )
+    return Sample(
+        tables=tables,
+        kind="ground truth",
+        endpoint="test error after the last epoch",
+        metrics=metrics[[name for name in metrics if metrics[name].nunique() > 1]],
+        finals=trials[["trial_id", "retrain_seed", "test_error"]],
+        sources={path.name: digest, listed.name: _digest(listed)},
+        n_rows=len(trials),
+        notes=notes,
+    )
+
+
+def _ground_tables(
+    name: str, question: str, trials: pd.DataFrame, digest: str, epochs: pd.DataFrame | None = None
+) -> Tables:
+    study: dict[str, Any] = {
+        "schema": records.SCHEMA,
+        "study_id": digest[:12],
+        "name": name,
+        "question": question,
+        "axis": None,
+        "reference": None,
+        "baseline": None,
+        "arms": list(dict.fromkeys(trials["arm"])),
+        "provenance": {"data_name": name, "data_sha256": digest},
+    }
+    trials = trials.assign(**dict.fromkeys(("started", "ended"), pd.Series(pd.NaT, index=trials.index)))
+    empty = pd.DataFrame(columns=["trial_id", "stage", "epoch", "key", "value"])
+    genotypes = pd.DataFrame(columns=["trial_id", "stage", "epoch", "genotype", "key"])
+    return Tables(study, trials, empty if epochs is None else epochs, genotypes)
+
+
+# Files
+
+
+_Genotype = namedtuple("_Genotype", "normal normal_concat reduce reduce_concat")
+
+_HARMLESS = {
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickler of plain data: numbers, text, lists, numpy arrays, and genotypes as named tuples."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "Genotype":
+            return _Genotype
+        if (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+
+
+def unpickle(path: Path) -> Any:
+    """Content of a pickle of plain data.
+
+    Raises:
+        ValueError: the file is no pickle, or asks for anything but plain data.
+    """
+    try:
+        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{path} is refused: {error}; save the list as JSON or text instead") from error
+
+
+def _genotypes(path: Path) -> tuple[list[Genotype], list[float]]:
+    """Genotypes of a list, and their best accuracies where it has them."""
+    if path.suffix == ".txt":
+        items: Any = [line for line in path.read_text().splitlines() if line.strip()]
+    elif path.suffix == ".json":
+        items = json.loads(path.read_text())
+    else:
+        items = unpickle(path)
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"{path} holds {type(items).__name__}; give a list of genotypes")
+    found, best = [], []
+    for index, item in enumerate(items):
+        pair = item if isinstance(item, list | tuple) and not isinstance(item, _Genotype) else (item,)
+        text = str(pair[0]).replace("_Genotype(", "Genotype(") if len(pair) else ""
+        try:
+            found.append(Genotype.parse(text))
+        except ValueError as error:
+            raise ValueError(f"{path}, item {index}: {error}") from error
+        if len(pair) > 1:
+            best.append(float(pair[1]))
+    return found, best if len(best) == len(found) else []
+
+
+def _read(path: Path, sha256: str | None) -> bytes:
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and digest != sha256.lower():
+        raise ValueError(f"{path} has sha256 {digest}, not {sha256}; it is not the file that was meant")
+    return content
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
