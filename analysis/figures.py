@@ -412,7 +412,7 @@ def epochs(sample: Sample, found: Findings) -> Result:
     axes.set_ylabel("tau-b with final error")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     first = found.curves[0]
-    axes.set_xlabel(f"epoch of {first.stage}")
+    axes.set_xlabel("epoch of the search" if first.stage == "search" else "epoch of retraining")
     for value in _ceilings(found.ceiling):
         axes.axhline(value, color=ORANGE, linewidth=1.1, linestyle=(0, (2, 2)))
     risk = axes.secondary_xaxis(-0.2)
@@ -991,7 +991,11 @@ def trajectories(sample: Sample, found: Findings) -> Result:
         ],
     )
     return Drawing(
-        "trajectories", "The searches, epoch by epoch.", f"n = {n} searches.", figure, pd.concat(rows)
+        "trajectories",
+        "The searches, epoch by epoch.",
+        f"n = {n} searches; dashed are those without a final error.",
+        figure,
+        pd.concat(rows),
     )
 
 

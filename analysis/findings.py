@@ -637,7 +637,9 @@ def metric_finding(sample: Sample, name: str, draws: Draws, *, primary: bool = F
         )
     pruned, notes = _pruned(sample, metric, error, resolution, draws)
     if pruned is not None and pruned.weighted:
-        headline, over_all = pruned.headline, several
+        weighted = _weighted_within(sample, metric, error, resolution, draws) if several else pruned.headline
+        over_all = weighted.value is None
+        headline = pruned.headline if over_all else weighted
     controls = {
         other: sample.metrics.loc[rows, other].to_numpy(dtype=np.float64)
         for other in CONTROLS
@@ -692,16 +694,16 @@ def _partial(
 
 def _testable(one: MetricFinding) -> bool:
     """Whether a test within arms, over all runs, stands behind the headline."""
-    return not one.pooled and not (one.pruned is not None and one.pruned.n_stopped)
+    return not one.pooled and one.pruned is None
 
 
 def _judged(one: MetricFinding, p: float | None, adjustment: str) -> MetricFinding:
     found = one.headline
     weighted = one.pruned is not None and bool(one.pruned.weighted)
     answer = f"undecided at n={found.n_units}"
-    if one.pruned is not None and one.pruned.n_stopped and not weighted:
+    if one.pruned is not None and not weighted:
         answer = "no verdict: survivors only"
-    elif one.pooled and not weighted:
+    elif one.pooled:
         answer = "no verdict: constant within arms"
     elif found.low is not None and found.high is not None:
         if -NEGLIGIBLE < found.low and found.high < NEGLIGIBLE:
@@ -741,21 +743,59 @@ def _pruned(
     audit = (
         trials["audit"].astype("boolean").fillna(False).to_numpy(dtype=bool) if "audit" in trials else None
     )
-    failed = trials["status"].isin(_FAILED) | ((trials["status"] == "completed") & ~np.isfinite(error))
     try:
         found = pruning.association(
             metric,
             error,
             probability=probability,
             audit=audit,
-            failed=failed.to_numpy(),
+            failed=_failed(sample).to_numpy(),
             units=sample.units.tolist(),
             resolution=resolution,
             draws=draws,
         )
     except ValueError as problem:
-        return None, [f"not corrected for stopped runs: {problem}"]
+        found = pruning.association(metric, error, failed=_failed(sample).to_numpy(), draws=draws)
+        return found, [f"not corrected for stopped runs: {problem}"]
     return found, ["among survivors only"] if not found.weighted else []
+
+
+def _failed(sample: Sample) -> "pd.Series[bool]":
+    """Rows that have no final error for another reason than that a rule stopped them."""
+    status = sample.trials["status"]
+    return status.isin(_FAILED) | ((status == "completed") & sample.error.isna())
+
+
+def _weighted_within(
+    sample: Sample, metric: Array, error: Array, resolution: float, draws: Draws
+) -> Estimate:
+    """Tau-b within arms, weighted by inverse probabilities; all runs with the metric are resampled."""
+    rows = np.isfinite(metric) & ~_failed(sample).to_numpy()
+    final = np.isfinite(error[rows])
+    chance = chances(sample)
+    assert chance is not None
+    weights = np.zeros(int(rows.sum()))
+    weights[final] = 1 / chance[rows][final]
+    x = resample.dense_ranks(metric[rows], resolution)
+    y = resample.dense_ranks(np.where(final, error[rows], 0.0), resample.RESOLUTION)
+    arms = sample.trials.loc[rows, "arm"].to_numpy()
+    members = [np.flatnonzero(arms == arm) for arm in sample.tables.arms]
+    forms = [(m, resample.pair_kernel(x[m], y[m], weights[m])) for m in members if len(m) > 1]
+
+    def kernel(draw: Array) -> Array:
+        parts = [form(draw[:, m]) for m, form in forms]
+        above: Array = np.sum([part[0] for part in parts], axis=0)
+        below: Array = np.sum([part[1] for part in parts], axis=0)
+        return resample.ratio(above, below)
+
+    nested = [f"{arm} {unit}" for arm, unit in zip(arms, sample.units[rows], strict=True)]
+    units = resample.Units.of(len(x), nested, arms.tolist())
+    name = f"{correlate.NAMES['tau_b']} within arms, weighted by inverse probability"
+    found_units = len(np.unique(units.of_row[final]))
+    if not forms or found_units < resample.ENOUGH_UNITS:
+        few = f"{resample.count(found_units, 'unit')} with a final error"
+        return resample.missing(name, few, int(final.sum()), found_units, draws.level)
+    return replace(resample.estimate(kernel, units, name, draws), n=int(final.sum()), n_units=found_units)
 
 
 def _best(
@@ -823,6 +863,8 @@ def _curves(sample: Sample, metrics: tuple[MetricFinding, ...], draws: Draws) ->
         rows = epochs[epochs["key"] == key]
         wide = rows.astype({"trial_id": str}).pivot_table(index="trial_id", columns="epoch", values="value")
         wide = wide.reindex(sample.trials["trial_id"]).set_axis(sample.trials.index)
+        if key == "test_error":
+            wide = wide.iloc[:, :-1]  # the last epoch is the endpoint itself
         if wide.shape[1] < 2:
             continue
         steps = np.unique(

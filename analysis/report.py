@@ -572,6 +572,7 @@ def _pruning(found: Findings) -> list[Block]:
                 one.name,
                 f"{p.n_used}, {p.n_stopped}",
                 _estimate(p.survivors),
+                _estimate(one.headline) if p.weighted and not one.pooled else "-",
                 _estimate(p.weighted["tau_b"]) if p.weighted else "-",
                 _estimate(p.audit),
                 "-" if p.effective_n is None else f"{p.effective_n:.1f}",
@@ -583,7 +584,8 @@ def _pruning(found: Findings) -> list[Block]:
         "metric",
         "finished, stopped",
         "survivors only",
-        "weighted",
+        "weighted, headline",
+        "weighted, pooled",
         "audit subset",
         "effective n",
         "bounds",
@@ -594,7 +596,8 @@ def _pruning(found: Findings) -> list[Block]:
         Table(
             header,
             rows,
-            "Tau-b pooled over arms. Survivors were selected on what is correlated: conditional on "
+            "Tau-b, pooled over arms but for the headline, which is within. Survivors were selected on "
+            "what is correlated: conditional on "
             "survival. Weighted by recorded probabilities of finishing; bounds over all errors that "
             "stopped runs could have had; the model is bivariate normal and cannot be checked.",
         ),

@@ -20,7 +20,7 @@ from experiments.conclusion import conclude
 from experiments.estimate import describe
 from experiments.folder import Past, files, held, past, resumed, study_folder, write_study
 from experiments.packing import Packing
-from experiments.provenance import provenance
+from experiments.provenance import fingerprint, provenance
 from experiments.recorder import Progress, Recorder
 from experiments.stopping import Rungs, SchedulerName, Stopping
 from experiments.study import (
@@ -319,6 +319,7 @@ def run(job: Job) -> None:
     try:
         cluster.connect(job.resources)
         cluster.check_resources(job.resources)
+        cluster.check_nodes(job.resources)
         packing = Packing(job.resources, cluster.machine(job.resources), job.shape, _images_mb(job.arrays))
         possible = [*todo, *begun, *(tune.corners(_joint(job)) if remaining else [])]
         if remaining:
@@ -340,7 +341,8 @@ def run(job: Job) -> None:
         progress = Progress([*todo, *begun], job.base, remaining, _epochs_of(recorded))
         recorder = Recorder(folder, tracker, progress, repeats=options.scheduler != "pbt")
         data = {worker.data_key(job.base): job.arrays}
-        place = tune.Place(packing, data, recorder, folder, job.policy)
+        alike = fingerprint() if cluster.joined(job.resources) else None
+        place = tune.Place(packing, data, recorder, folder, job.policy, alike)
         try:
             if todo:
                 tune.run_planned(todo, place, job.stopping, _rows(folder))

@@ -155,9 +155,11 @@ class Packing:
         number = f"{least}" if least == most else f"{least} to {most}"
         on = f" and {share.gpu_text} each" if share.gpus else " each"
         room = self._room_mb(share)
+        at_once = f"{number} trial{'s' if most > 1 else ''} at once"
+        if self.machine.grows and not self.machine.at_once(share):
+            at_once = "trials start when a node joins that has room for one"
         line = (
-            f"packing: {number} trial{'s' if most > 1 else ''} at once, {share.threads} "
-            f"thread{'s' if share.threads > 1 else ''}{on}; "
+            f"packing: {at_once}, {share.threads} thread{'s' if share.threads > 1 else ''}{on}; "
             f"a trial needs up to about {_gb(self._needs_mb(largest.trial))} ({largest.name})"
         )
         line += f", {self.machine.name} has {_gb(room)} for them" if room is not None else ""

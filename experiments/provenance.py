@@ -62,7 +62,8 @@ def fingerprint() -> Mapping[str, str | None]:
             content = path.read_bytes()
             name = f"{package}/{path.relative_to(root).as_posix()}"
             digest.update(f"{name} {len(content)}\n".encode() + content)
-    versions = {name: _version(name) for name in ("ray", "torch")}
+    # A head without a GPU has another build of the same PyTorch: 2.14.1+cpu and 2.14.1+cu130 are alike.
+    versions = {name: (_version(name) or "none").partition("+")[0] for name in ("ray", "torch")}
     return {"python": platform.python_version(), **versions, "code": digest.hexdigest()[:12]}
 
 

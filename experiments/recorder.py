@@ -1,5 +1,6 @@
 """What becomes of the rows of trials while a study runs: kept first, then shown."""
 
+import resource
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,7 @@ class Recorder:
         self.known: dict[str, set[tuple[Any, ...]]] = {}
         """Rows in the files of trials that have not ended."""
         self.repeats = Repeats()
+        self.ended = 0
 
     def row(self, row: dict[str, Any]) -> None:
         """Keep one row.
@@ -120,6 +122,10 @@ class Recorder:
             self.repeats.forget(trial)
             if row["status"] in FINISHED:
                 Checkpoints(self.folder / "checkpoints", trial).clear()
+            self.ended += 1
+            if self.ended % 100 == 0:
+                told = {"time": row["time"], "ended": self.ended, "memory_mb": resident_mb()}
+                records.append_row(self.folder / "driver.jsonl", told)
 
     def _tell(self, row: dict[str, Any]) -> None:
         records.append_row(self.folder / "trials" / f"{row['trial']}.jsonl", row)
@@ -133,6 +139,15 @@ class Recorder:
         text = f"{where} came out otherwise when it was run again: {difference(records.read_rows(path), row)}"
         common = {name: row[name] for name in ("trial", "attempt", "time")}
         return {"kind": "note", **common, "text": text}
+
+
+def resident_mb() -> float | None:
+    """Memory that this process holds now, where the system tells."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize() / 2**20
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from analysis import records
 from experiments.checkpoints import Checkpoints
+from experiments.cluster import Waiting
 from experiments.packing import Packing, Share
 from experiments.schedulers import pbt_start, scheduler
 from experiments.stopping import FIFO, Stopping
@@ -52,6 +53,8 @@ class Place:
     recorder: Recorder
     folder: Path
     policy: Policy = POLICY
+    alike: Mapping[str, str | None] | None = None
+    """`fingerprint` that workers must share; None where they run on this machine anyway."""
 
     @property
     def checkpoints(self) -> Path:
@@ -214,7 +217,15 @@ def run_planned(
         tuning = tune.TuneConfig(
             scheduler=chosen, max_concurrent_trials=place.packing.resources.max_concurrent
         )
-        _fit({"planned": tune.grid_search(part)}, tuning, place, trials=len(part), keep=2)
+        # Tune copies all of a grid for each of its points, so the grid holds names only.
+        space = {"trial": tune.grid_search([config["id"] for config in part]), "planned": _named(part)}
+        _fit(space, tuning, place, trials=len(part), keep=2)
+
+
+def _named(configs: Sequence[dict[str, Any]]) -> Any:
+    """The configuration that Tune is to take for the name of a trial."""
+    by_id = {config["id"]: config for config in configs}
+    return tune.sample_from(lambda spec: by_id[spec["config"]["trial"]])
 
 
 def _run_populations(
@@ -350,7 +361,7 @@ def _fit(
     tuning.reuse_actors = True
     tuning.trial_name_creator = tuning.trial_dirname_creator = _trial_name
     actor = tune.with_resources(
-        tune.with_parameters(TrialActor, arrays=dict(place.arrays)),
+        tune.with_parameters(TrialActor, arrays=dict(place.arrays), alike=place.alike),
         lambda config: tune.PlacementGroupFactory([config["planned"]["bundle"]]),
     )
     tuner = tune.Tuner(
@@ -361,7 +372,7 @@ def _fit(
             name=name,
             storage_path=str(folder / "tune"),
             verbose=0,
-            callbacks=[forward],
+            callbacks=[forward, Waiting()],
             stop=Halt(forward),
             failure_config=tune.FailureConfig(max_failures=place.policy.max_failures),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=keep),
@@ -385,5 +396,7 @@ def _fit(
 
 
 def _trial_name(trial: TuneTrial) -> str:
+    if "trial" in trial.config:  # then what is planned comes later
+        return str(trial.config["trial"])
     base = trial.config["planned"]
     return base["id"] or f"{base['arm']}-{trial.trial_id}"

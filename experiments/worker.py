@@ -17,6 +17,7 @@ from ray import tune
 
 from experiments.checkpoints import Checkpoints, read, write
 from experiments.packing import GPU_SHARE, Share
+from experiments.provenance import differences, fingerprint
 from experiments.study import POLICY, SHORT, Planned, Policy
 from nas.config import override
 from nas.data import Arrays, Data
@@ -39,9 +40,21 @@ class TrialActor(tune.Trainable):
     well: the driver may have died before it recorded the last of them, and drops those that it has.
     """
 
-    def setup(self, config: dict[str, Any], arrays: Mapping[str, Arrays] | None = None) -> None:
-        """Build the trial of `config`; `arrays` holds the data sets by key, one copy per node."""
+    def setup(
+        self,
+        config: dict[str, Any],
+        arrays: Mapping[str, Arrays] | None = None,
+        alike: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Build the trial of `config`; `arrays` holds the data sets by key, one copy per node.
+
+        Raises:
+            RuntimeError: this node does not run what the driver runs, whose `fingerprint` is `alike`.
+        """
         assert arrays is not None
+        if alike is not None and (other := differences(alike, fingerprint())):
+            where = platform.node()
+            raise RuntimeError(f"node {where} has {other}; install this code and requirements.lock there")
         self.arrays = arrays
         self._begin(config)
 
@@ -152,7 +165,7 @@ class TrialActor(tune.Trainable):
             self.checkpoints.save(sum(run.epochs.values()), state)
         except OSError as error:
             # A trial without a new checkpoint has only more to repeat.
-            self._say("note", text=f"not saved after {sum(run.epochs.values())} epochs: {error}")
+            self._say("note", text=f"not saved after epoch {sum(run.epochs.values())}: {error}")
         self.saved = time.monotonic()
 
     def _fail(self, error: Exception) -> None:

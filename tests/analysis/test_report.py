@@ -315,3 +315,33 @@ def test_captions_state_n(written: tuple[Path, list[Path]]) -> None:
     assert len(captions) > 12
     for caption in captions:
         assert re.search(r"\bn\b", caption)
+
+
+def test_weights_are_taken_within_arms(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", preset="tiny", baseline=None)
+    draw = np.random.default_rng(2)
+    expected = np.zeros(2)
+    for arm, shift in (("K=1", 0.0), ("K=4", 0.3)):
+        finals = []
+        for seed in range(14):
+            metric, trial = draw.random(), f"{arm}-{seed}".replace("=", "")
+            marked = metric > 0.4
+            stopped, error = marked and seed % 2 == 0, metric - shift + 0.5 * draw.random()
+            rows = [start(trial, arm, seed), epoch(trial, 0, {"valid_loss": metric + shift})]
+            rows.append(epoch(trial, 0, {"lr": 0.1}, "retrain"))
+            if marked:
+                mark = {"kind": "mark", "trial": trial, "attempt": "a0", "time": 120.0, "rung": 1.0}
+                rows.append(mark | {"probability": 0.5, "goes_on": not stopped, "audit": False})
+            last = end(trial, "pruned", None, metrics={}) if stopped else end(trial, test_error=error)
+            write_rows(folder, [*rows, last | {"genotype": None}])
+            if not stopped:
+                finals.append((metric, error, 2.0 if marked else 1.0))
+        pairs = [(a, b) for i, a in enumerate(finals) for b in finals[:i]]
+        for a, b in pairs:
+            weight = a[2] * b[2]
+            expected += weight * np.sign((a[0] - b[0]) * (a[1] - b[1])), weight
+    found = findings.metric_finding(sample(folder), "search_valid_loss", QUICK)
+    assert found.headline.value == pytest.approx(expected[0] / expected[1])
+    assert not found.pooled
+    assert found.pruned is not None
+    assert found.headline.value != pytest.approx(found.pruned.weighted["tau_b"].value)

@@ -314,3 +314,13 @@ def test_a_cpu_without_memory_is_out_of_memory(tmp_path: Path, monkeypatch: pyte
     result = running.step()
     assert result["done"]
     assert result["rows"][-1]["status"] == "oom"
+
+
+@pytest.mark.parametrize("method", ["darts_2nd", "gdas"])
+def test_deterministic_algorithms_exist_for_all_that_a_trial_runs(method: str, tmp_path: Path) -> None:
+    rows = to_the_end(actor(planned()[method], tmp_path, Policy(deterministic=True)))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert outcome(rows) == undisturbed(method)
+    # A process that is used again for a trial that does not ask for them uses them no more.
+    actor(planned()["pc_darts"], tmp_path)
+    assert not torch.are_deterministic_algorithms_enabled()

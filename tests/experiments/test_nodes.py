@@ -282,7 +282,17 @@ def test_a_cluster_of_no_workers_grows_for_a_study_and_shrinks_again(
     )
 
 
-def test_a_trial_that_no_node_can_ever_run_is_told_of() -> None:
+def test_a_study_that_no_node_can_ever_run_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    options = ("--gpus-per-trial", "0", "--cpus-per-trial", "4")
+    with autoscaling(2) as address, study(folder, "--address", address, *options):
+        word = "no node that the cluster has or may start has room for a trial (4 CPU, "
+        wait("the study's word", lambda: word in said(folder), 180)
+        assert "packing: trials start when a node joins that has room for one, 4 threads each" in said(folder)
+        assert not rows(folder)
+
+
+def test_the_autoscaler_says_what_it_can_never_start() -> None:
     with autoscaling(2):
         asked = {"CPU": 4.0, "memory": 2.0**30}
         assert cluster.waits_for(asked) == (

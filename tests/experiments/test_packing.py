@@ -55,6 +55,15 @@ def test_a_trial_has_one_thread_even_where_cores_are_left_over() -> None:
     assert (share.cpus, share.threads) == (1, 1)
 
 
+def test_a_cluster_of_no_workers_is_waited_for() -> None:
+    (line,) = on(node(cpus=0), grows=True, gpus_per_trial=1.0).describe(planned(4), 3)
+    assert line == (
+        "packing: trials start when a node joins that has room for one, 1 thread and a GPU each; "
+        "a trial needs up to about 5.0 GB (K=4)"
+    )
+    assert on(node(), grows=True).describe(planned(4), 3)[0].startswith("packing: 3 trials at once, ")
+
+
 def test_cores_given_by_the_user_are_threads() -> None:
     assert on(node(), cpus_per_trial=4).share(of_k(4)).threads == 4
     assert on(node(), cpus_per_trial=0.5).share(of_k(4)).threads == 1
@@ -184,7 +193,7 @@ def test_a_search_that_cannot_fit_is_refused() -> None:
 def test_a_cluster_may_grow_larger_nodes() -> None:
     _, warning = on(node(memory=7, free=10), grows=True).describe(planned(1), 20)
     assert warning.startswith("warning: K=1")
-    assert on(grows=True).describe(planned(1), 20)[0].startswith("packing: 1 trial at once")
+    assert on(grows=True).describe(planned(1), 20)[0].startswith("packing: trials start when a node joins")
 
 
 def test_a_share_that_may_be_too_small_is_warned_of() -> None:

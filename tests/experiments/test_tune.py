@@ -32,6 +32,7 @@ from experiments import (
     worker,
 )
 from experiments.packing import Machine, Node, Share
+from experiments.provenance import fingerprint
 from experiments.recorder import Recorder
 from experiments.schedulers import scheduler
 from experiments.stopping import SchedulerName, Stopping
@@ -164,6 +165,14 @@ def export(folder: Path, rows: list[dict[str, Any]]) -> records.Tables:
         records.append_row(folder / "trials" / f"{row['trial']}.jsonl", row)
     records.export(folder)
     return records.read_tables(folder)
+
+
+def test_a_worker_with_other_code_runs_no_trial() -> None:
+    running = TrialActor.__new__(TrialActor)
+    running.setup(planned_config(K4), arrays(), fingerprint())
+    other = {**fingerprint(), "code": "0" * 12}
+    with pytest.raises(RuntimeError, match=r"^node \S+ has code \w+ instead of 000000000000; install"):
+        running.setup(planned_config(K4), arrays(), other)
 
 
 # A step, and what leaves it

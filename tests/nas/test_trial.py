@@ -18,12 +18,13 @@ from nas.arch_updates import Bilevel
 from nas.config import override
 from nas.data import Arrays, Augment, Data, DataConfig, load
 from nas.genotype import Genotype
+from nas.methods import Method
 from nas.metrics import METRICS
 from nas.papers import PAPERS
 from nas.samplers import Gumbel, init_arch
 from nas.schedule import Constant, SkipDropout
 from nas.search import SearchStage
-from nas.searchers import Argmax, keep_likeliest
+from nas.searchers import Argmax, Given, keep_likeliest
 from nas.spaces.cell import CELL_TYPES, CellSpace
 from nas.streams import generator
 from nas.trial import Row, Seeds, Trial, TrialRun, run_trial
@@ -571,3 +572,37 @@ def test_stages_without_sense_are_refused(changes: dict[str, Any]) -> None:
 def test_an_auxiliary_head_that_does_not_fit_is_refused_before_the_search() -> None:
     with pytest.raises(ValueError, match=r"does not fit images of 8 pixels .* retrain\.auxiliary_weight=0"):
         fresh(tiny("pc_darts", {"retrain.auxiliary_weight": 0.4}))
+
+
+# Searches alone, retrainings alone
+
+
+def test_a_search_alone_ends_at_its_genotype_and_leaves_the_test_part_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trial = tiny("pc_darts")
+    alone = override(trial, {"retrain.epochs": 0})
+    whole = run_trial(trial)
+    monkeypatch.setattr(TrialRun, "_finish", lambda *_: pytest.fail("the test part was read"))
+    rows: list[Row] = []
+    found = run_trial(alone, rows.append)
+    assert {row.stage for row in rows} == {"search"}
+    assert found.genotype == whole.genotype
+    assert not {"test_error", "test_loss", "valid_error"} & found.metrics.keys()
+    kept = found.metrics.keys() - MEASURED
+    assert {name: whole.metrics[name] for name in kept} == {name: found.metrics[name] for name in kept}
+
+
+def test_a_given_genotype_is_retrained_as_after_its_search() -> None:
+    trial = tiny("pc_darts")
+    whole = run_trial(trial)
+    alone = replace(trial, method=Method(searcher=Given(str(whole.genotype))), search=())
+    found = run_trial(Trial.from_dict(alone.to_dict()))
+    assert found.genotype == whole.genotype
+    for name in ("test_error", "test_loss", "valid_error", "params_m"):
+        assert found.metrics[name] == whole.metrics[name]
+
+
+def test_a_given_genotype_must_be_one() -> None:
+    with pytest.raises(ValueError, match="write Genotype"):
+        Given("Genotype(nothing)")
