@@ -27,8 +27,8 @@ install: $(STAMP)  ## install this project and its tools in the active environme
 sweep: $(STAMP)  ## run the study of partial channels, K = 1, 2, 4, 8 (PRESET=laptop)
 	$(PYTHON) experiments/sweep_k.py --preset $(PRESET) $(ARGS)
 
-test: $(STAMP)  ## run the default tests
-	$(PYTHON) -m pytest $(ARGS)
+test: $(STAMP)  ## run the default tests, a file to a process
+	$(PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(PYTHON) -m pytest -m slow $(ARGS)

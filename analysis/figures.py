@@ -435,7 +435,7 @@ def epochs(sample: Sample, found: Findings) -> Result:
     return Drawing(
         "epochs",
         "How early a metric tells the final error.",
-        f"Tau-b pooled over arms, 95 % bands pointwise; n = {first.n:,} with a final error. {best}",
+        f"Tau-b pooled over arms, 95 % bands pointwise; n = {first.n:,} with a final error. {best or None}",
         figure,
         pd.DataFrame(rows),
     )

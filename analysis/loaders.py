@@ -13,7 +13,7 @@ import sqlite3
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,9 @@ class Sample:
 
     notes: tuple[str, ...] = ()
     """What a reader must know of the source."""
+
+    drawings: tuple[Path, ...] = ()
+    """Drawings of cells as SVG that lie in the folder of the study, one per arm."""
 
     protocols: Mapping[str, Sequence[str]] | None = None
     """Columns in which the rows' protocols differ, with their values; None if there is one protocol."""
@@ -129,7 +132,8 @@ def from_study(folder: Path) -> Sample:
     manifest = json.loads((folder / "tables" / "manifest.json").read_text())
     sources = {f"tables/{name}.parquet": digest for name, digest in sorted(manifest["sha256"].items())}
     sources["study.json"] = _digest(folder / "study.json")
-    return of_tables(tables, sources)
+    drawings = tuple(sorted((folder / "figures" / "cells").glob("*.svg")))
+    return replace(of_tables(tables, sources), drawings=drawings)
 
 
 def of_tables(tables: Tables, sources: Mapping[str, str]) -> Sample:

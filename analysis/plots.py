@@ -173,9 +173,9 @@ def save(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
     Returns:
         The files by ending: `svg`, `png` and `csv`.
     """
-    paths = save_vector(figure, stem, data) | {"png": stem.with_name(f"{stem.name}.png")}
-    figure.savefig(paths["png"], dpi=160, metadata={"Software": None})
-    return paths
+    vector, png = save_vector(figure, stem, data), stem.with_name(f"{stem.name}.png")
+    figure.savefig(png, dpi=160, metadata={"Software": None})
+    return {"svg": vector["svg"], "png": png, "csv": vector["csv"]}
 
 
 def save_vector(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:

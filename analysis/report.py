@@ -52,6 +52,14 @@ def write_sample(sample: Sample, out: Path, *, pool: bool = False) -> list[Path]
         paths = plots.save_vector(drawing.figure, out / "figures" / drawing.stem, drawing.data)
         pictures[drawing.stem] = Picture(paths["svg"], drawing.title, drawing.caption, paths["csv"])
         written += [paths["svg"], paths["csv"]]
+    for source in sample.drawings:
+        copy = out / "figures" / f"cell_{source.name}"
+        copy.write_bytes(source.read_bytes())
+        caption = (
+            "The cells of the arm's best run by validation error, n = 1: one find of a search, no summary."
+        )
+        pictures[copy.stem] = Picture(copy, f"Cells found: {source.stem}.", caption)
+        written.append(copy)
     title = str(sample.tables.study["question"] or sample.tables.study["name"])
     subtitle = _subtitle(sample, found)
     blocks = _blocks(sample, found, items, pictures, missing)
@@ -134,7 +142,7 @@ def _results(
         "checklist": plain(list(items)),
         "provenance": plain(study.get("provenance") or {}),
         "sources": dict(sample.sources),
-        "figures": [drawing.stem for drawing in drawn],
+        "figures": [*(drawing.stem for drawing in drawn), *(f"cell_{path.stem}" for path in sample.drawings)],
         "figures_not_drawn": dict(missing),
     }
 
@@ -239,10 +247,10 @@ def _blocks(
     blocks += [*_aggregates(found)]
     blocks += [Heading("Search metrics and the final error"), *_metrics(sample, found, shown)]
     if sample.kind == "study":
-        blocks += [Heading("The searches"), *shown("trajectories", "operations", "curves")]
+        blocks += [Heading("The searches"), *shown("trajectories", "operations", "cell_", "curves")]
         blocks += (
             []
-            if shown("trajectories", "operations", "curves")
+            if shown("trajectories", "operations", "cell_", "curves")
             else [Text("No search was recorded over epochs.")]
         )
     blocks += [Heading("Variance and power"), *_variance(found), *shown("variance", "power")]

@@ -48,6 +48,7 @@ from experiments.tracking import Tracker, default_uri, ui_command
 from nas.data import Arrays, Data, load
 from nas.footprint import DataShape
 from nas.genotype import Genotype
+from nas.measures import catalogue
 from nas.methods import Method
 from nas.papers import PAPERS
 from nas.retrain import check_retrain
@@ -550,5 +551,6 @@ def _describe(
         "stopping": asdict(_stopping(options)),
         "batch": options.batch,
         "retrain_seeds": options.retrain_seeds,
+        "metrics": catalogue(base.measure),
         "provenance": provenance(arrays.name, arrays.sha256, base.to_dict()),
     }

@@ -46,6 +46,10 @@ NAMED: dict[str, Mapping[Any, Any]] = {"space": SPACES, "retrain": RECIPES}
 """Fields that `--set` takes as a whole, by name."""
 
 
+LISTED = ("measure",)
+"""Fields of several names, which `--set` takes with commas between them."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One thing that a study varies: values by the name they have in tables, each a set of dotted changes."""
@@ -187,7 +191,10 @@ def parse_changes(entries: Sequence[str]) -> dict[str, Any]:
         value = value.strip()
         if name in NAMED and value not in NAMED[name]:
             raise ValueError(f"--set {entry!r}: no such {name}; use one of {', '.join(NAMED[name])}")
-        changes[name] = NAMED[name][value] if name in NAMED else parse_value(value)
+        if name in LISTED and not value.startswith(("[", "(")):
+            changes[name] = [part.strip() for part in value.split(",") if part.strip()]
+        else:
+            changes[name] = NAMED[name][value] if name in NAMED else parse_value(value)
     return changes
 
 

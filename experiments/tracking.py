@@ -523,7 +523,11 @@ class _Store:
             )
         elif run.info.status != "RUNNING":
             self.client.update_run(run.info.run_id, status="RUNNING")
-        told = {key: value for key, value in study.items() if key not in ("provenance", "study_id", "kind")}
+        told = {
+            key: value
+            for key, value in study.items()
+            if key not in ("provenance", "study_id", "kind", "metrics")
+        }
         tags = {key: value for key, value in (_flat(told) | _flat(origin)).items() if value != "None"}
         if "git_commit" in tags:
             tags["mlflow.source.name"] = str(study["name"])  # without a name the page shows no commit

@@ -14,6 +14,7 @@ from analysis.loaders import Sample
 from analysis.resample import Draws
 from tests.analysis.conftest import Build, end, epoch, genotype, start, write_rows, write_study, write_trial
 
+MACRO = Path(__file__).parents[3] / "shared" / "data" / "nas-bench-macro" / "nas-bench-macro_cifar10.json"
 QUICK = Draws(resamples=199, permutations=199)
 
 PROVENANCE = {
@@ -79,8 +80,9 @@ def digests(folder: Path) -> dict[str, str]:
 # The whole
 
 
-def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
-    folder = sweep(tmp_path / "study", runs=2)
+@pytest.mark.parametrize("runs", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_the_same_study_gives_the_same_bytes(tmp_path: Path, runs: int) -> None:
+    folder = sweep(tmp_path / "study", runs=runs)
     files = report.write(folder, tmp_path / "a")
     assert [path.name for path in report.write(folder, tmp_path / "b")] == [path.name for path in files]
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
@@ -135,6 +137,23 @@ def test_figures_of_an_earlier_report_go(tmp_path: Path) -> None:
     left = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert "mine.svg" in left
     assert "scatter_of_old.svg" not in left
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MACRO.is_file(), reason="needs the file of NAS-Bench-Macro")
+def test_the_report_of_nas_bench_macro_warns_counts_and_knows_its_ceiling(tmp_path: Path) -> None:
+    report.write(MACRO, tmp_path / "out")
+    found = results(tmp_path / "out")
+    assert (found["counts"]["n_rows"], found["counts"]["n_unique"]) == (6561, 3969)
+    metrics = {one["name"]: one for one in found["metrics"]}
+    params = metrics["params_m"]
+    assert params["grouped"]["simpson"].startswith("Simpson warning: tau-b is -0.2")
+    assert params["grouped"]["within"]["low"] > 0 > params["grouped"]["pooled"]["high"]
+    assert metrics["blocks"]["verdict"] == "no verdict: constant within arms"
+    assert 0.99 < found["ceiling"]["value"] < 1
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Noise ceiling: no metric can correlate" in text
+    assert "499 resamples" in text
 
 
 # What limits a report

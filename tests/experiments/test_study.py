@@ -336,6 +336,16 @@ def test_short_names_are_spelled_out() -> None:
     assert parse_changes([f"{name}=1" for name in SHORT]) == dict.fromkeys(SHORT.values(), 1)
 
 
+def test_what_is_measured_is_a_list_with_commas() -> None:
+    for text in ("hessian,proxies", "hessian, proxies,", "['hessian', 'proxies']"):
+        changes = parse_changes([f"measure={text}"])
+        assert all(
+            p.trial.measure == ("hessian", "proxies") for p in planned("sweep_k", "tiny", changes=changes)
+        )
+    with pytest.raises(ValueError, match="hesian"):
+        planned("sweep_k", "tiny", changes=parse_changes(["measure=hesian"]))
+
+
 @pytest.mark.parametrize("study", SCRIPTS.values(), ids=SCRIPTS)
 def test_short_names_stand_for_fields(study: Study) -> None:
     known = paths(resolve(study.base, Settings("paper")))
