@@ -427,15 +427,15 @@ def epochs(sample: Sample, found: Findings) -> Result:
         for curve, colour, marker in zip(found.curves, COLOURS, MARKERS, strict=False)
     ]
     legend(figure, [*handles, *_ceiling_handle(found.ceiling)])
-    best = "; ".join(
-        f"{c.name}: epoch {c.best.epoch}, p = {c.best.p:.3f} for the best of {c.best.n_epochs} epochs"
+    told = "".join(
+        f" {c.name}: best at epoch {c.best.epoch}, p = {c.best.p:.3f} as best of {c.best.n_epochs} epochs."
         for c in found.curves
         if c.best.p is not None
     )
     return Drawing(
         "epochs",
         "How early a metric tells the final error.",
-        f"Tau-b pooled over arms, 95 % bands pointwise; n = {first.n:,} with a final error. {best or None}",
+        f"Tau-b pooled over arms, 95 % bands pointwise; n = {first.n:,} with a final error.{told}",
         figure,
         pd.DataFrame(rows),
     )

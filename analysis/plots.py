@@ -19,7 +19,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 from numpy.typing import NDArray
 
 from analysis.records import Tables
-from analysis.summary import rows, summarise
+from analysis.summary import by_search, rows, summarise
 
 # Of the Okabe-Ito palette, which colour-blind readers can tell apart; also apart in lightness.
 BLUE, VERMILION = "#0072B2", "#D55E00"
@@ -36,6 +36,7 @@ def error_by_arm(tables: Tables) -> Figure:
 
     An arm without an interval in `summarise` has its mean alone.
     """
+    tables = by_search(tables)
     summary = summarise(tables)
     figure = blank(_title(tables), 1.1 + 0.62 * max(len(summary), 1))
     axes = figure.add_subplot()
@@ -68,6 +69,7 @@ def error_by_arm(tables: Tables) -> Figure:
 
 def error_data(tables: Tables) -> pd.DataFrame:
     """What `error_by_arm` draws: a row per trial with its arm's summary, one for an arm without trials."""
+    tables = by_search(tables)
     trials = tables.trials[["arm", "trial_id", "name", "status"]].copy()
     trials["test_error_percent"] = 100 * tables.finals()["test_error"]
     columns = ["arm", "role", "n", "n_total", "error_mean", "error_low", "error_high"]
@@ -158,7 +160,10 @@ def error_by_size(tables: Tables) -> Figure:
 def size_data(tables: Tables) -> pd.DataFrame:
     """What `error_by_size` draws: a row per finished trial that was validated."""
     finals = (
-        tables.finals().dropna(subset=["valid_error", "params_m"]).sort_values(["valid_error", "params_m"])
+        by_search(tables)
+        .finals()
+        .dropna(subset=["valid_error", "params_m"])
+        .sort_values(["valid_error", "params_m"])
     )
     data = finals[["arm", "trial_id", "name", "params_m"]].copy()
     data["valid_error_percent"] = 100 * finals["valid_error"]

@@ -167,7 +167,10 @@ def chosen(tables: Tables, most: int = 5) -> pd.DataFrame:
     that is taken, and says nothing of the search that proposed it.
     """
     finals = (
-        tables.finals().dropna(subset=["valid_error", "params_m"]).sort_values(["valid_error", "params_m"])
+        by_search(tables)
+        .finals()
+        .dropna(subset=["valid_error", "params_m"])
+        .sort_values(["valid_error", "params_m"])
     )
     smallest = finals["params_m"].cummin().shift(fill_value=np.inf)
     table = pd.DataFrame(

@@ -1,4 +1,5 @@
 """Speed and memory, plain against fast.
 
-Run `python -m benchmarks.step`, `.memory`, `.retrain`, `.data` or `.packing`.
+Run `python -m benchmarks.step`, `.memory`, `.retrain`, `.data`, `.packing`, `.sweep`, `.report` or
+`.orchestration`.
 """

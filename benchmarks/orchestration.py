@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,16 @@ STEP = 100
 """Trials between two looks at the driver's memory."""
 
 
-def job(folder: Path, *, trials: int, epochs: int, at_once: int | None = None) -> Job:
-    """A study of `trials` smallest trials of so many epochs."""
+def arguments(folder: Path, *, trials: int, epochs: int, at_once: int | None = None) -> list[str]:
+    """Command line of a study of `trials` smallest trials of so many epochs."""
     options = ["--preset", "tiny", "--seeds", str(trials), "--out", str(folder)]
     options += [] if at_once is None else ["--max-concurrent", str(at_once)]
-    options += ["--set", *SMALLEST, f"retrain.epochs={epochs}"]
+    return [*options, "--set", *SMALLEST, f"retrain.epochs={epochs}"]
+
+
+def job(folder: Path, *, trials: int, epochs: int, at_once: int | None = None) -> Job:
+    """That study, ready to run."""
+    options = arguments(folder, trials=trials, epochs=epochs, at_once=at_once)
     return prepare(STUDY, parser(STUDY).parse_args(options))
 
 
@@ -74,21 +80,22 @@ class Untracked(Tracker):
         """Nothing is closed."""
 
 
-class Watched(Recorder):
-    """A recorder that tells after each trial how many have ended."""
+Watch = Callable[[dict[str, Any]], None]
+"""Is shown every row that a study recorded."""
 
-    watch: Callable[[int], None]
-    ended = 0
+
+class Watched(Recorder):
+    """A recorder that somebody watches."""
+
+    watch: Watch
 
     def row(self, row: dict[str, Any]) -> None:
         """Keep one row."""
         super().row(row)
-        if row["kind"] == "end":
-            self.ended += 1
-            self.watch(self.ended)
+        self.watch(row)
 
 
-def run(job: Job, *, tracked: bool = True, watch: Callable[[int], None] = lambda ended: None) -> None:
+def run(job: Job, watch: Watch, *, tracked: bool = True) -> None:
     """Run a study as `experiments.main` does, from its first trial to its last; Ray is started if need be."""
     from experiments import cluster, tune, worker  # takes seconds
 
@@ -138,12 +145,9 @@ class Spent:
 
 def spent(trials: Sequence[Times]) -> Spent:
     """What trials took that ran one after another; the first only tells when the second began."""
-    ordered = sorted(trials, key=lambda trial: trial.end)
     return Spent(
-        statistics.median(trial.between for trial in ordered[1:]),
-        statistics.median(
-            trial.besides(before.end) for before, trial in zip(ordered, ordered[1:], strict=False)
-        ),
+        statistics.median(trial.between for trial in trials[1:]),
+        statistics.median(trial.besides(before.end) for before, trial in pairwise(trials)),
     )
 
 
@@ -162,15 +166,18 @@ def plain(job: Job) -> Spent:
 
 
 def platform(job: Job) -> Spent:
-    """The trials through the platform; their rows tell when what was done."""
-    from analysis import records
+    """The trials through the platform, whose rows tell when what was done."""
+    trials: list[Times] = []
+    epochs: list[float] = []
 
-    run(job)
-    trials = []
-    for path in (job.folder / "trials").glob("*.jsonl"):
-        rows = records.read_rows(path)
-        epochs = tuple(row["time"] for row in rows if row["kind"] == "epoch")
-        trials.append(Times(epochs, rows[-1]["time"]))
+    def watch(row: dict[str, Any]) -> None:
+        if row["kind"] == "epoch":
+            epochs.append(row["time"])
+        elif row["kind"] == "end":
+            trials.append(Times(tuple(epochs), row["time"]))
+            epochs.clear()
+
+    run(job, watch)
     return spent(trials)
 
 
@@ -181,7 +188,7 @@ def added(rounds: int, trials: int, epochs: int) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
             for name in list(forms) if number % 2 else list(reversed(forms)):
-                study = job(Path(scratch, str(number)), trials=trials, epochs=epochs, at_once=1)
+                study = job(Path(scratch, f"{number} {name}"), trials=trials, epochs=epochs, at_once=1)
                 found[name].append(forms[name](study))
             print(f"round {number + 1}: {found['plain'][-1]}, {found['platform'][-1]}, {load()}", flush=True)
     rows = []
@@ -238,23 +245,24 @@ def driver(trials: int, epochs: int, tracked: bool) -> Cost:
     ends: list[float] = []
     memory: list[float] = []
 
-    def watch(ended: int) -> None:
-        ends.append(time.perf_counter())
-        if ended % STEP == 0:
-            memory.append(resident_mb())
+    def watch(row: dict[str, Any]) -> None:
+        if row["kind"] == "end":
+            ends.append(time.perf_counter())
+            if len(ends) % STEP == 0:
+                memory.append(resident_mb())
 
     with tempfile.TemporaryDirectory() as scratch:
         study = job(Path(scratch, "study"), trials=trials, epochs=epochs)
         began = time.process_time()
-        run(study, tracked=tracked, watch=watch)
+        run(study, watch, tracked=tracked)
         cpu = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return Cost(trials, epochs, ends[-1] - ends[0], cpu, tuple(memory), peak)
 
 
-def resident_mb() -> float:
-    """Resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resident_mb(process: int | str = "self") -> float:
+    """Resident memory of a process."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -291,9 +299,9 @@ def load() -> str:
 # --- command line -------------------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Measure both and print two tables."""
-    options = _options(arguments)
+    options = _options(given)
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {load()}", flush=True)
     if options.rounds:
@@ -302,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(costs(options.trials, options.epochs))
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _options(given: Sequence[str] | None) -> argparse.Namespace:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -316,7 +324,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=1000,
         help="trials of the driver's study; 0 leaves it out (default 1000)",
     )
-    found = options.parse_args(arguments)
+    found = options.parse_args(given)
     if min(found.rounds, found.trials) < 0 or min(found.each, found.epochs) < 2 or found.trials == 1:
         options.error("--each and --epochs must be at least 2; --rounds and --trials 0, or more (trials: 2)")
     return found

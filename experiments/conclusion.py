@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from analysis import plots, records, summary
+from analysis import plots, records, report, summary
 from experiments.folder import files
 from experiments.tracking import DRAWING
 from nas.draw import genotype_png, genotype_svg
@@ -29,6 +29,7 @@ def conclude(folder: Path) -> tuple[list[Path], str]:
         for stem, figure, data in drawn:
             written += plots.save(figure, figures / stem, data).values()
         written += _draw_cells(folder, tables)
+        written += _report(folder)
     print(f"\n{summary.render(result)}")
     if tables.study.get("joint"):
         print(summary.render_chosen(summary.chosen(tables)))
@@ -38,6 +39,17 @@ def conclude(folder: Path) -> tuple[list[Path], str]:
     text = f"{summary.to_markdown(result)}\n\n" + "\n".join(f"- {claim}" for claim in claims)
     (folder / "summary.md").write_text(f"# {tables.study['question']}\n\n{text}\n")
     return [*written, folder / "summary.md", folder / "study.json"], text
+
+
+def _report(folder: Path) -> list[Path]:
+    """The study as a page, unless its trials cannot be taken together, which is said."""
+    try:
+        written = report.write(folder, folder / "report")
+    except ValueError as error:
+        print(f"no report: {error}")
+        return []
+    print(f"\nreport   {folder / 'report' / 'report.html'}")
+    return written
 
 
 def _draw_cells(folder: Path, tables: records.Tables) -> list[Path]:

@@ -24,6 +24,7 @@ MODULES = (
     "records",
     "report",
     "resample",
+    "sections",
     "selection",
     "summary",
 )

@@ -1,13 +1,15 @@
 """Summaries count every trial, and sentences say what the numbers allow."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from analysis.records import Tables
-from analysis.summary import claims, render, rows, summarise, to_markdown
+from analysis.summary import by_search, claims, judged, render, rows, summarise, to_markdown
 
 from .conftest import Build, draws
 
@@ -309,3 +311,30 @@ def test_a_study_without_finished_trials_has_a_table_and_claims(build: Build) ->
 def test_a_reference_that_is_the_baseline_is_compared_with_once(build: Build) -> None:
     sentences = claims(build({"K=1": [0.1, 0.2], "random": [0.1, 0.3]}, reference="random"))
     assert [sentence.split(":")[0] for sentence in sentences[1:-1]] == ["K=1 against random (baseline)"]
+
+
+def test_retrainings_of_one_search_are_one_run(build: Build) -> None:
+    tables = build({"K=1": [0.1, 0.3, 0.2], "K=4": [0.4, 0.5]}, baseline=None)
+    searches = ["a", "a", "b", "c", "d"]
+    several = replace(tables, trials=tables.trials.assign(search_id=searches))
+    first = summarise(several).iloc[0]
+    assert (first["n"], first["error_mean"]) == (2, pytest.approx(20.0))
+    assert judged(several)[0].difference.n_b == 2  # type: ignore[union-attr]
+    kept = by_search(several)
+    assert kept.trials["search_id"].tolist() == ["a", "b", "c", "d"]
+    assert set(kept.epochs["trial_id"]) == set(kept.trials["trial_id"])
+    assert by_search(tables) is tables
+
+
+def test_the_seconds_of_all_retrainings_are_paid_for(build: Build) -> None:
+    tables = build({"K=1": [0.1, 0.3]}, baseline=None, reference=None)
+    epochs = tables.epochs.astype({"trial_id": str, "stage": str, "key": str})
+    seconds = epochs[(epochs["key"] == "valid_error") & (epochs["stage"] == "retrain")]
+    seconds = seconds.assign(key="seconds", value=5.0)
+    several = replace(
+        tables,
+        trials=tables.trials.assign(search_id="a"),
+        epochs=pd.concat([epochs, seconds], ignore_index=True),
+    )
+    kept = by_search(several).epochs
+    assert kept.loc[kept["key"] == "seconds", "value"].tolist() == [10.0] * 4

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from analysis import records
+from experiments import conclusion, packing, recorder, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
 from experiments import main as command
-from experiments import packing, recorder, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
 from experiments.folder import held
 from experiments.main import Job, main, parser, prepare
 from experiments.packing import Machine, Node
@@ -668,6 +668,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
     monkeypatch.setattr(command, "Tracker", Tracked)
     monkeypatch.setattr(command, "conclude", stage.conclude)  # figures take seconds
+    monkeypatch.setattr(conclusion, "_report", lambda folder: [])
     monkeypatch.setattr(cluster, "connect", lambda resources: None)
     monkeypatch.setattr(cluster, "check_resources", lambda resources: None)
     monkeypatch.setattr(cluster, "machine", lambda resources: stage.machine)

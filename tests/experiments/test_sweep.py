@@ -75,6 +75,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     plots = MagicMock()
     plots.save.return_value = {}
     monkeypatch.setattr(conclusion, "plots", plots)
+    monkeypatch.setattr(conclusion, "_report", lambda folder: [])
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,9 @@ def test_a_study_leaves_records_tables_figures_and_a_summary(finished: Finished)
     study = records.read_study(folder)
     assert (study["name"], study["arms"], study["axis"]) == ("sweep_k", ["K=1", "K=4", "random"], "K")
     assert SWEEP.question in (folder / "summary.md").read_text()
+    assert SWEEP.question in (folder / "report" / "report.html").read_text()
+    assert json.loads((folder / "report" / "results.json").read_text())
+    assert f"report   {folder / 'report' / 'report.html'}" in finished.said
 
 
 def test_a_study_says_how_far_it_is_and_what_it_found(finished: Finished) -> None:
