@@ -303,7 +303,7 @@ class _Trial:
             found = {} if self.end is None else self.end["metrics"]
             # What the retraining says of a search is that it had none.
             told = {name: value for name, value in end["metrics"].items() if name not in found}
-            own = {name: end["metrics"].get(name) for name in ("retrain_seconds",)}
+            own = {"retrain_seconds": end["metrics"].get("retrain_seconds")}
             memory = [each.get("peak_memory_mb") for each in (found, end["metrics"])]
             peak = max((value for value in memory if value is not None), default=None)
             end = end | {"metrics": found | told | own | {"peak_memory_mb": peak}}
@@ -397,18 +397,34 @@ def _read_trials(folder: Path, study: Mapping[str, Any]) -> list[_Trial]:
 
 def _joined(trials: Sequence[_Trial]) -> list[_Trial]:
     """Trials; where genotypes are retrained apart, each retraining with every search that found its own."""
-    searches = {trial.id: trial for trial in trials if not trial.start.get("found_by")}
+    searches = [trial for trial in trials if not trial.start.get("found_by")]
+    # By what was found, not by name: a search that failed first may have found it since.
+    found: dict[str, list[_Trial]] = {}
+    if len(searches) < len(trials):
+        for search in searches:
+            if search.end is not None and search.end["genotype"] is not None:
+                found.setdefault(_task(search, search.end["genotype"]), []).append(search)
     joined, done = [], set()
     for trial in trials:
-        for search in trial.start.get("found_by", ()):
-            if search not in searches:
-                raise ValueError(
-                    f"trial {trial.id} retrains what search {search} found, whose records are missing; "
-                    f"restore {search}.jsonl"
-                )
-            joined.append(searches[search].retrained(trial))
-            done.add(search)
-    return [*joined, *(trial for name, trial in searches.items() if name not in done)]
+        if not trial.start.get("found_by"):
+            continue
+        finders = found.get(_task(trial, trial.start["config"]["method"]["searcher"]["genotype"]), [])
+        if not finders:
+            missing = ", ".join(trial.start["found_by"])
+            raise ValueError(
+                f"trial {trial.id} retrains what {missing} found, whose records are missing; restore them"
+            )
+        joined += [search.retrained(trial) for search in finders]
+        done |= {search.id for search in finders}
+    return [*joined, *(trial for trial in searches if trial.id not in done)]
+
+
+def _task(trial: _Trial, genotype: str) -> str:
+    """What there is to retrain: a network, however it is written down, on data by a recipe."""
+    config = trial.start["config"]
+    recipe = config["retrain"] | {"epochs": 0}  # a search alone retrains nothing
+    split = config["seeds"]["split"]
+    return json.dumps([_described(genotype)["key"], config["space"], config["data"], recipe, split])
 
 
 def _arm_order(study: Mapping[str, Any], used: Iterable[str]) -> tuple[str, ...]:

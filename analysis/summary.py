@@ -43,6 +43,7 @@ def by_search(tables: Tables) -> Tables:
     means = trials[done].groupby("search_id")[results].mean()
     first = first.set_index("search_id", drop=False)
     first.loc[means.index, results] = means
+    first["stopped_retrainings"] = (trials["status"] == "pruned").groupby(trials["search_id"]).sum()
     if "completion_probability" in first:
         chances = trials.groupby("search_id")["completion_probability"]
         first["completion_probability"] = chances.first().where(chances.nunique() == 1)
@@ -263,14 +264,25 @@ def _dependence(tables: Tables, arm: str) -> str | None:
         reasons.append("its configurations were chosen one in view of another")
     if tables.study.get("scheduler", "fifo") == "pbt":
         reasons.append("members of its population copy one another")
-    statuses = tables.trials.loc[tables.trials["arm"] == arm, "status"]
-    if pruned := int((statuses == "pruned").sum()):
+    mine = tables.trials[tables.trials["arm"] == arm]
+    pruned = int((mine["status"] == "pruned").sum())
+    if "stopped_retrainings" in mine:  # of a search one may have been stopped, and another not
+        pruned = int((mine["stopped_retrainings"] > 0).sum())
+    if pruned:
         was = "was" if pruned == 1 else "were"
         reasons.append(
-            f"{pruned} of its {_count(len(statuses), 'run')} {was} stopped early, "
+            f"{pruned} of its {_count(len(mine), 'run')} {was} stopped early, "
             "so those that finished were selected by validation error"
         )
+    if shared := _shared(tables, (arm,)):
+        reasons.append(f"{shared} of its searches found one network and share its retrainings")
     return ", and ".join(reasons) or None
+
+
+def _shared(tables: Tables, arms: tuple[str, ...]) -> int:
+    """How many finished searches of some arms have their error from the same retrainings as another."""
+    used = tables.trials[tables.trials["arm"].isin(arms) & (tables.trials["status"] == "completed")]
+    return int(used["retraining_id"].duplicated(keep=False).sum()) if "retraining_id" in used else 0
 
 
 def _first_reason(trials: pd.DataFrame) -> str:
@@ -379,7 +391,10 @@ def _doubt(tables: Tables, pair: tuple[str, str]) -> str | None:
     for name in pair:
         if reason := _dependence(tables, name):
             arms.setdefault(reason, []).append(name)
-    return "; ".join(f"{reason} ({', '.join(names)})" for reason, names in arms.items()) or None
+    found = [f"{reason} ({', '.join(names)})" for reason, names in arms.items()]
+    if not found and (shared := _shared(tables, pair)):
+        found = [f"{shared} of their searches found one network and share its retrainings"]
+    return "; ".join(found) or None
 
 
 def _claim(

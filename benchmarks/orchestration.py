@@ -89,10 +89,11 @@ class Watched(Recorder):
 
     watch: Watch
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: dict[str, Any]) -> bool:
         """Keep one row."""
-        super().row(row)
+        new = super().row(row)
         self.watch(row)
+        return new
 
 
 def run(job: Job, watch: Watch, *, tracked: bool = True) -> None:

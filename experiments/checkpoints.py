@@ -72,11 +72,15 @@ class Checkpoints:
     def save(self, epochs: int, state: Mapping[str, Any]) -> None:
         """Write the state after `epochs` epochs, and remove all but the newest `KEEP` up to there.
 
+        Later ones go too: they are of a state that was given up, for one that began anew or was copied.
+
         Raises:
             OSError: as in `write`; the checkpoints before it are left alone.
         """
-        write(self.folder / f"{epochs:06}.pt", state)
-        for old in self._files()[KEEP:]:
+        path = self.folder / f"{epochs:06}.pt"
+        write(path, state)
+        earlier = [old for old in self._files() if old.name <= path.name]
+        for old in set(self._files()) - set(earlier[:KEEP]):
             old.unlink(missing_ok=True)
 
     def load(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, list[str]]:

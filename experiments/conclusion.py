@@ -3,17 +3,28 @@
 from pathlib import Path
 
 from analysis import plots, records, report, summary
-from experiments.folder import files
+from experiments.folder import PausedError, files
 from experiments.tracking import DRAWING
 from nas.draw import genotype_png, genotype_svg
 from nas.genotype import Genotype
 
 
 def conclude(folder: Path) -> tuple[list[Path], str]:
-    """Tables, figures, drawings and claims of what was recorded; returns files and text (Markdown)."""
+    """Tables, figures, drawings and claims of what was recorded; returns files and text (Markdown).
+
+    Raises:
+        PausedError: they cannot be written.
+    """
     if not files(folder):
         print("no trial has been recorded")
         return [], ""
+    try:
+        return _conclude(folder)
+    except OSError as error:
+        raise PausedError(error) from error
+
+
+def _conclude(folder: Path) -> tuple[list[Path], str]:
     tables_written = records.export(folder)
     tables = records.read_tables(folder)
     result = summary.summarise(tables)

@@ -13,8 +13,12 @@ from typing import Any
 from analysis import records
 from experiments.study import Study
 
-FINISHED = {"completed", "pruned", "diverged", "oom"}
+SETTLED = {"completed", "pruned", "diverged", "oom"}
 """Ends that `--resume` does not run again; a failed trial is tried once more."""
+
+
+class PausedError(OSError):
+    """A study stops, for nothing more can be written to its folder; what was recorded is kept."""
 
 
 def study_folder(study: Study, options: argparse.Namespace, identity: str) -> Path:
@@ -73,6 +77,14 @@ def resumed(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
         )
     if before["git_commit"] != after["git_commit"]:
         print(f"note: the study began at commit {before['git_commit']}, this is {after['git_commit']}")
+    told = {name: (held.get(name), now.get(name)) for name in ("threads", "deterministic")}
+    told |= {
+        name: (version, after.get("packages", {}).get(name))
+        for name, version in before.get("packages", {}).items()
+    }
+    for name, (then, here) in told.items():
+        if then != here:
+            print(f"note: the study began with {name} {then}, this has {here}: the last bits may differ")
     if held["scheduler"] in ("hyperband", "pbt"):
         print(f"note: {held['scheduler']} compares trials of one run, so it may decide otherwise now")
     return held
@@ -94,7 +106,7 @@ class Past:
     @property
     def finished(self) -> bool:
         """Whether `--resume` leaves it alone."""
-        return self.status in FINISHED
+        return self.status in SETTLED
 
 
 def past(folder: Path) -> dict[str, Past]:
@@ -141,5 +153,10 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise FileExistsError(
                 f"{folder} is being run by another process; wait for its end, or stop it"
+            ) from error
+        except OSError as error:
+            raise OSError(
+                f"{folder} lies on a file system without locks ({error}), where two processes could run one "
+                "study; choose another --out"
             ) from error
         yield

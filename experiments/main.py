@@ -6,6 +6,7 @@ import shlex
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -18,11 +19,11 @@ import torch
 from analysis import records
 from experiments.conclusion import conclude
 from experiments.estimate import describe
-from experiments.folder import Past, files, held, past, resumed, study_folder, write_study
+from experiments.folder import Past, PausedError, files, held, past, resumed, study_folder, write_study
 from experiments.packing import Packing
 from experiments.provenance import fingerprint, provenance
 from experiments.recorder import Progress, Recorder
-from experiments.stopping import Rungs, SchedulerName, Stopping
+from experiments.stopping import FIFO, Rungs, SchedulerName, Stopping
 from experiments.study import (
     POLICY,
     SEEDS,
@@ -168,8 +169,8 @@ def parser(study: Study) -> argparse.ArgumentParser:
         type=int,
         default=POLICY.max_failures,
         metavar="N",
-        help="how often a trial that lost its worker or node starts again; -1 as often as it takes "
-        "(default %(default)s)",
+        help="how often in a row, without a new epoch between, a trial starts again that lost its worker or "
+        "node (default %(default)s)",
     )
     add(
         "--deterministic",
@@ -209,19 +210,28 @@ def _short_names() -> list[str]:
 def main(study: Study, arguments: Sequence[str] | None = None) -> None:
     """Run `study` as the command line says; wrong input ends it with one sentence and exit code 2."""
     options = parser(study).parse_args(arguments)
+    with ExitStack() as lock:
+        try:
+            job = prepare(study, options)
+            if options.resume and not options.dry_run:
+                lock.enter_context(held(job.folder))  # before it is read what is left to do
+            left = work(job)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        _run_or_tell(job, left, lock)
+
+
+def _run_or_tell(job: "Job", left: "Work", lock: ExitStack) -> None:
+    """Run a study; where it must stop, tell how it goes on."""
     try:
-        job = prepare(study, options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    try:
-        run(job)
+        run(job, left, lock)
     except KeyboardInterrupt:
         print(
             f"\nstopped; the same command with --resume --out {job.folder} goes on from here", file=sys.stderr
         )
         raise SystemExit(130) from None
-    except OSError as error:
+    except PausedError as error:
         print(
             f"\npaused: {error}; what was recorded is kept. Make room, then the same command with "
             f"--resume --out {job.folder} goes on from here",
@@ -244,8 +254,6 @@ class Job:
     shape: DataShape
     folder: Path
     meta: Mapping[str, Any]
-    past: Mapping[str, Past]
-    """What earlier runs recorded, by trial."""
 
     @property
     def resources(self) -> Resources:
@@ -297,89 +305,109 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     folder = study_folder(study, options, identity)
     joint_trials = _joint_trials(study, options)
     meta = _describe(study, options, base, planned, arrays, identity)
-    recorded = {}
     if options.resume:
         meta = resumed(folder, meta)
-        recorded = past(folder)
-    return Job(study, settings, options, base, planned, joint_trials, arrays, shape, folder, meta, recorded)
+    return Job(study, settings, options, base, planned, joint_trials, arrays, shape, folder, meta)
 
 
-def run(job: Job) -> None:
-    """Run a study from its first trial to its claims."""
+@dataclass(frozen=True)
+class Work:
+    """What of a study is left to do."""
+
+    recorded: Mapping[str, Past]
+    """What earlier runs recorded, by trial."""
+    total: int
+    """Trials of the study, without those that only retrain what others found."""
+    todo: Sequence[Planned]
+    begun: Sequence[Planned]
+    """Trials that a joint search chose and that have not ended."""
+    remaining: int
+    """Trials that a joint search has yet to choose."""
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Epochs recorded, by trial."""
+        return {trial: one.epochs for trial, one in self.recorded.items()}
+
+
+def work(job: Job) -> Work:
+    """What is left to do, by what the folder holds.
+
+    Raises:
+        ValueError: records that cannot be read.
+    """
+    recorded = past(job.folder) if job.options.resume else {}
+    first = searches(job.planned) if job.settings.retrain_seeds else job.planned
+    chosen = [one for one in recorded.values() if one.start["arm"] == "searched"]
+    begun = [
+        Planned(start["name"], start["arm"], start["axes"], Trial.from_dict(start["config"]))
+        for start in (one.start for one in chosen if not one.finished)
+    ]
+    total = len(first) + job.joint_trials
+    return Work(recorded, total, _unfinished(first, recorded), begun, max(0, job.joint_trials - len(chosen)))
+
+
+def _unfinished(planned: Sequence[Planned], recorded: Mapping[str, Past]) -> list[Planned]:
+    return [p for p in planned if not (p.trial.id in recorded and recorded[p.trial.id].finished)]
+
+
+def run(job: Job, left: Work, lock: ExitStack) -> None:
+    """Run what is left of a study, to its claims; `lock` keeps other processes from it until it is closed."""
     # Ray takes seconds to import, so wrong input is refused before.
     from experiments import cluster, tune, worker
 
-    options, folder, recorded = job.options, job.folder, job.past
-    first = searches(job.planned) if job.settings.retrain_seeds else job.planned
-    todo = _unfinished(first, recorded)
-    begun = _begun(recorded)
-    remaining = max(0, job.joint_trials - sum(one.start["arm"] == "searched" for one in recorded.values()))
-    finished = sum(one.finished for one in recorded.values())
+    options, folder = job.options, job.folder
+    count = len(left.todo) + len(left.begun) + left.remaining
     print(job.study.question)
-    print(f"{len(first) + job.joint_trials} trials, {finished} finished before, in {folder}")
+    print(f"{left.total} trials, {left.total - count} finished before, in {folder}")
     try:
         cluster.connect(job.resources)
         cluster.check_resources(job.resources)
         cluster.check_nodes(job.resources)
         packing = Packing(job.resources, cluster.machine(job.resources), job.shape, _images_mb(job.arrays))
-        possible = [*todo, *begun, *(tune.corners(_joint(job)) if remaining else [])]
-        if remaining:
+        possible = [*left.todo, *left.begun, *(tune.corners(_joint(job)) if left.remaining else [])]
+        if left.remaining:
             print(f"counting the memory of {len(possible)} configurations, which takes a second or more each")
-        said = packing.describe(possible, len(todo) + len(begun) + remaining) if possible else []
-    except (ValueError, ConnectionError) as error:
+        said = packing.describe(possible, count) if possible else []
+        print("\n".join(said))
+        if options.dry_run:
+            print("\n".join(_foreseen(job, left, packing)))
+            return
+        if not options.resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(held(folder))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    print("\n".join(said))
-    if options.dry_run:
-        print("\n".join(_foreseen(job, [*todo, *begun], remaining, packing)))
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
-        write_study(folder, {**job.meta, "packing": said})
-        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
-        tracker = Tracker(uri, records.read_study(folder), folder)
-        tracker.open()
-        progress = Progress([*todo, *begun], job.base, remaining, _epochs_of(recorded))
-        recorder = Recorder(folder, tracker, progress, repeats=options.scheduler != "pbt")
-        data = {worker.data_key(job.base): job.arrays}
-        alike = fingerprint() if cluster.joined(job.resources) else None
-        place = tune.Place(packing, data, recorder, folder, job.policy, alike)
-        try:
-            if todo:
-                tune.run_planned(todo, place, job.stopping, _rows(folder))
-            if job.settings.retrain_seeds:
-                _retrain(job, place, recorder)
-            if begun or remaining:
-                tune.run_joint(_joint(job), begun, remaining, options.objectives, place)
-        except OSError:
-            tracker.close()
-            raise
-        except BaseException:
-            tracker.close(*conclude(folder))
-            raise
+    write_study(folder, {**job.meta, "packing": said})
+    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
+    tracker = Tracker(uri, records.read_study(folder), folder)
+    tracker.open()
+    progress = Progress([*left.todo, *left.begun], job.base, left.remaining, left.epochs)
+    recorder = Recorder(folder, tracker, progress, repeats=options.scheduler != "pbt")
+    data = {worker.data_key(job.base): job.arrays}
+    alike = fingerprint() if cluster.joined(job.resources) else None
+    place = tune.Place(packing, data, recorder, folder, job.policy, alike)
+    # Rungs lie in one of two phases; in the other, trials have nothing to compare.
+    of_searches = not job.settings.retrain_seeds or job.stopping.rungs == "search_epoch"
+    try:
+        if left.todo:
+            tune.run_planned(left.todo, place, job.stopping if of_searches else FIFO, _rows(folder))
+        if job.settings.retrain_seeds:
+            _retrain(job, place, recorder)
+        if left.begun or left.remaining:
+            tune.run_joint(_joint(job), left.begun, left.remaining, options.objectives, place)
+        artifacts, text = conclude(folder)
+    except PausedError:
+        tracker.close()
+        raise
+    except BaseException:
         tracker.close(*conclude(folder))
+        raise
+    tracker.close(artifacts, text)
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
     if any(one.status == "failed" for one in past(folder).values()):
         raise SystemExit(1)
-
-
-def _foreseen(job: Job, todo: Sequence[Planned], remaining: int, packing: Packing) -> list[str]:
-    """What is left of a study, trial by trial, and what it will take."""
-    chosen = [Planned(f"searched {number}", "searched", {}, job.base) for number in range(remaining)]
-    apart: list[Planned] = []
-    for seed in range(job.settings.retrain_seeds or 0):
-        # At most: searches may find the same genotypes.
-        for p in job.planned:
-            seeds = replace(p.trial.seeds, retrain=seed)
-            genotype = Method(searcher=RandomGenotype())
-            trial = replace(p.trial, method=genotype, search=(), seeds=seeds, measure=())
-            apart.append(Planned(f"what {p.name} finds, retrain={seed}", "retrained", {}, trial))
-    trials = [*todo, *chosen, *apart]
-    if not trials:
-        return ["nothing is left to run"]
-    device = torch.device("cuda" if packing.share(job.base).gpus and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(packing.share(job.base).threads)
-    return describe(trials, packing, job.arrays, device)
 
 
 def _retrain(job: Job, place: "tune.Place", recorder: Recorder) -> None:
@@ -387,9 +415,7 @@ def _retrain(job: Job, place: "tune.Place", recorder: Recorder) -> None:
     from experiments import tune
 
     recorded = past(job.folder)
-    texts = {trial: one.genotype for trial, one in recorded.items() if one.status == "completed"}
-    found = {trial: Genotype.parse(text) for trial, text in texts.items() if text is not None}
-    planned = retrainings(job.planned, found, job.settings.retrain_seeds or 0)
+    planned = _retrainings(job, recorded)
     todo = _unfinished(planned, recorded)
     print(
         f"{len({p.axes['genotype'] for p in planned})} different genotypes found by "
@@ -398,30 +424,50 @@ def _retrain(job: Job, place: "tune.Place", recorder: Recorder) -> None:
     )
     if todo:
         print("\n".join(place.packing.describe(todo, len(todo))))
-        recorder.progress = Progress(todo, job.base, 0, _epochs_of(recorded))
-        tune.run_planned(todo, place, job.stopping, _rows(job.folder))
+        epochs = {trial: one.epochs for trial, one in recorded.items()}
+        recorder.progress = Progress(todo, job.base, 0, epochs)
+        stopping = FIFO if job.stopping.rungs == "search_epoch" else job.stopping
+        tune.run_planned(todo, place, stopping, _rows(job.folder))
 
 
-def _unfinished(planned: Sequence[Planned], recorded: Mapping[str, Past]) -> list[Planned]:
-    return [p for p in planned if not (p.trial.id in recorded and recorded[p.trial.id].finished)]
-
-
-def _epochs_of(recorded: Mapping[str, Past]) -> dict[str, int]:
-    return {trial: one.epochs for trial, one in recorded.items()}
+def _retrainings(job: Job, recorded: Mapping[str, Past]) -> list[Planned]:
+    """Retrainings of what has been found so far."""
+    texts = {trial: one.genotype for trial, one in recorded.items() if one.status == "completed"}
+    found = {trial: Genotype.parse(text) for trial, text in texts.items() if text is not None}
+    return retrainings(job.planned, found, job.settings.retrain_seeds or 0)
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
-    return chain.from_iterable(map(records.read_rows, files(folder)))
+    """What schedulers ask of the rows recorded so far: thousands of trials have gigabytes of the rest."""
+    for row in chain.from_iterable(map(records.read_rows, files(folder))):
+        if row["kind"] == "epoch":
+            metrics = {name: row["metrics"].get(name) for name in ("valid_error", "seconds")}
+            yield {**row, "metrics": metrics, "genotype": None}
+        else:
+            yield row
 
 
-def _begun(recorded: Mapping[str, Past]) -> list[Planned]:
-    """Trials that a joint search chose and that have not ended."""
-    starts = [one.start for one in recorded.values() if not one.finished]
-    return [
-        Planned(start["name"], start["arm"], start["axes"], Trial.from_dict(start["config"]))
-        for start in starts
-        if start["arm"] == "searched"
-    ]
+def _foreseen(job: Job, left: Work, packing: Packing) -> list[str]:
+    """What is left of a study, trial by trial, and what it will take."""
+    chosen = [Planned(f"searched {number}", "searched", {}, job.base) for number in range(left.remaining)]
+    apart: list[Planned] = []
+    if job.settings.retrain_seeds:
+        apart += _unfinished(_retrainings(job, left.recorded), left.recorded)
+        open_searches = {p.name for p in left.todo}
+        for p in job.planned:
+            if p.name in open_searches:
+                # At most: it may find what another has found.
+                found = replace(p.trial, method=Method(searcher=RandomGenotype()), search=(), measure=())
+                for seed in range(job.settings.retrain_seeds):
+                    name = f"what {p.name} finds, retrain={seed}"
+                    trial = replace(found, seeds=replace(p.trial.seeds, retrain=seed))
+                    apart.append(Planned(name, "retrained", {}, trial))
+    trials = [*left.todo, *left.begun, *chosen, *apart]
+    if not trials:
+        return ["nothing is left to run"]
+    device = torch.device("cuda" if packing.share(job.base).gpus and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(packing.share(job.base).threads)
+    return describe(trials, packing, job.arrays, device)
 
 
 def _images_mb(arrays: Arrays) -> float:
@@ -551,6 +597,8 @@ def _describe(
         "stopping": asdict(_stopping(options)),
         "batch": options.batch,
         "retrain_seeds": options.retrain_seeds,
+        "threads": max(1, int(options.cpus_per_trial or 1)),
+        "deterministic": options.deterministic,
         "metrics": catalogue(base.measure),
         "provenance": provenance(arrays.name, arrays.sha256, base.to_dict()),
     }

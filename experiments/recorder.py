@@ -10,7 +10,7 @@ from typing import Any
 
 from analysis import records
 from experiments.checkpoints import Checkpoints
-from experiments.folder import FINISHED
+from experiments.folder import SETTLED
 from experiments.repeats import Repeats, difference
 from experiments.study import Planned
 from experiments.tracking import Tracker
@@ -99,8 +99,8 @@ class Recorder:
         self.repeats = Repeats()
         self.ended = 0
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Keep one row.
+    def row(self, row: dict[str, Any]) -> bool:
+        """Keep one row; returns whether it tells of something that had not been recorded.
 
         Raises:
             OSError: the disk is full or gone; what was recorded before is as it was.
@@ -112,20 +112,21 @@ class Recorder:
             self.known[trial] = {_identity(each) for each in held}
             self.repeats.load(held)
         if _identity(row) in self.known[trial]:
-            return
-        differs = self.repeats.check(row) == "differs"
-        if differs and self.to_repeat and self.repeats.differing(trial) == 1:
+            return False
+        found = self.repeats.check(row)
+        if found == "differs" and self.to_repeat and self.repeats.differing(trial) == 1:
             self._tell(self._doubt(path, row))
         self._tell(row)
         if row["kind"] == "end":
             del self.known[trial]
             self.repeats.forget(trial)
-            if row["status"] in FINISHED:
+            if row["status"] in SETTLED:
                 Checkpoints(self.folder / "checkpoints", trial).clear()
             self.ended += 1
             if self.ended % 100 == 0:
                 told = {"time": row["time"], "ended": self.ended, "memory_mb": resident_mb()}
                 records.append_row(self.folder / "driver.jsonl", told)
+        return found == "new"
 
     def _tell(self, row: dict[str, Any]) -> None:
         records.append_row(self.folder / "trials" / f"{row['trial']}.jsonl", row)

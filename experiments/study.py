@@ -145,7 +145,7 @@ class Policy:
     checkpoint_seconds: float = 60.0
     """A trial is saved at each stage's end, and at the first epoch to end this long after the last save."""
     max_failures: int = 3
-    """How often a trial that lost its worker, its node or its disk starts again; -1 is without limit."""
+    """How often in a row, without a new epoch between, a trial starts again that lost its worker or node."""
     deterministic: bool = False
     """Whether a GPU may use only algorithms that give the same bits every time."""
 
@@ -154,10 +154,8 @@ class Policy:
             raise ValueError(
                 f"--checkpoint-seconds {self.checkpoint_seconds:g} must be at least 0, to save every epoch"
             )
-        if self.max_failures < -1:
-            raise ValueError(
-                f"--max-failures {self.max_failures} must be at least 0, or -1 for as often as it takes"
-            )
+        if self.max_failures < 0:
+            raise ValueError(f"--max-failures {self.max_failures} must be at least 0; 0 gives up at once")
 
 
 POLICY = Policy()

@@ -25,10 +25,10 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search.optuna import OptunaSearch
 
 from analysis import records
-from experiments.checkpoints import Checkpoints
 from experiments.cluster import Waiting
+from experiments.folder import PausedError
 from experiments.packing import Packing, Share
-from experiments.schedulers import pbt_start, scheduler
+from experiments.schedulers import StageAware, pbt_start, scheduler
 from experiments.stopping import FIFO, Stopping
 from experiments.study import POLICY, Joint, Planned, Policy
 from experiments.worker import METRIC, TIME, TrialActor, configuration, described, resolve
@@ -39,8 +39,8 @@ from nas.streams import stream_seed
 class Recorder(Protocol):
     """Takes the rows of all trials, in the driver."""
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Keep one row."""
+    def row(self, row: dict[str, Any]) -> bool:
+        """Keep one row; returns whether it tells of something that had not been recorded."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Forward(tune.Callback):
         """A trial ended in an error that retrying did not cure."""
         reason = " ".join(str(trial.get_error() or "worker lost").split())
         killed = any(word in reason for word in ("OutOfMemoryError", "running low on memory"))
-        again = f"started {trial.num_failures} times: " if trial.num_failures > 1 else ""
+        again = f"started {trial.num_failures} times in vain: " if trial.num_failures > 1 else ""
         self._close(trial, "oom" if killed else "failed", again + reason[-500:])
 
     def _close(self, trial: TuneTrial, status: str, reason: str) -> None:
@@ -130,7 +130,8 @@ class Forward(tune.Callback):
     def _record(self, trial: TuneTrial, row: dict[str, Any]) -> None:
         if self.broken is None:
             try:
-                self.recorder.row(row)
+                if self.recorder.row(row) and row["kind"] == "epoch":
+                    trial.run_metadata.num_failures = 0  # it gets on: only failures in a row count
             except OSError as error:
                 # Tune would take it for a failure of the trial. Its checkpoint tells the row again.
                 self.broken = error
@@ -185,6 +186,15 @@ class RetrainOptuna(OptunaSearch):
         if TIME in result:
             super().on_trial_result(trial_id, result)
 
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Pass an end on, as a failure if an objective is missing: half a result is none."""
+        wanted: Any = self.metric
+        names = wanted if isinstance(wanted, list) else [wanted]
+        whole = result is not None and all(result.get(name) is not None for name in names)
+        super().on_trial_complete(trial_id, result if whole else None, error or not whole)
+
 
 FULL = 2**20
 """Bytes that are left of a disk when it counts as full."""
@@ -207,9 +217,14 @@ def run_planned(
     ]
     epochs = max(p.trial.retrain.epochs for p in planned)
     if stopping.scheduler == "pbt":
-        _run_populations(planned, configs, place, stopping, epochs)
+        _run_populations(planned, configs, place, stopping, epochs, past)
         return
     chosen = scheduler(stopping, epochs, planned[0].trial.seeds.split, past)
+    if isinstance(chosen, StageAware):
+        stopped = [config["id"] for config in configs if chosen.judge.stopped(config["id"])]
+        for trial in stopped:
+            _close_stopped(trial, place)
+        configs = [config for config in configs if config["id"] not in stopped]
     # HyperBand fills its brackets from one run.
     size = len(configs) if stopping.scheduler == "hyperband" else TRIALS_PER_FIT
     for first in range(0, len(configs), size):
@@ -220,6 +235,15 @@ def run_planned(
         # Tune copies all of a grid for each of its points, so the grid holds names only.
         space = {"trial": tune.grid_search([config["id"] for config in part]), "planned": _named(part)}
         _fit(space, tuning, place, trials=len(part), keep=2)
+
+
+def _close_stopped(trial: str, place: Place) -> None:
+    """Record the end of a trial that was stopped just before the driver died."""
+    rows = records.read_rows(place.folder / "trials" / f"{trial}.jsonl")
+    found = [row["genotype"] for row in rows if row.get("genotype")]
+    row = {"kind": "end", "trial": trial, "attempt": rows[-1]["attempt"], "time": time.time()}
+    told = {"status": "pruned", "reason": "stopped by the scheduler", "metrics": {}}
+    place.recorder.row(row | told | {"genotype": found[-1] if found else None})
 
 
 def _named(configs: Sequence[dict[str, Any]]) -> Any:
@@ -234,8 +258,11 @@ def _run_populations(
     place: Place,
     stopping: Stopping,
     epochs: int,
+    past: Iterable[Mapping[str, Any]],
 ) -> None:
     """Run each arm as a population of its own: a member that copied one of another arm would belong there."""
+    # What earlier runs changed stands in the start rows that they left.
+    changed = {row["trial"]: row["axes"] for row in past if row["kind"] == "start"}
     for arm in dict.fromkeys(p.arm for p in planned):
         # Members start at the recipe's own values; what PBT draws later comes from a stream as well.
         random.seed(stream_seed(0, "pbt", arm))
@@ -243,8 +270,7 @@ def _run_populations(
         for p, config in zip(planned, configs, strict=True):
             if p.arm == arm:
                 start = pbt_start(p.trial)
-                held, _ = Checkpoints(place.checkpoints, p.trial.id).load()
-                began = start | (held["fields"] if held else {})
+                began = {name: changed.get(p.trial.id, {}).get(name, value) for name, value in start.items()}
                 population.append(config | {"fields": list(start), "began": began, "adopts": True})
         fields = population[0]["fields"]
         chosen = scheduler(stopping, epochs, planned[0].trial.seeds.split, fields=fields)
@@ -283,7 +309,7 @@ def run_joint(
         space[name] = (
             tune.choice(list(domain.values)) if domain.values else tune.loguniform(domain.low, domain.high)
         )
-    metrics = [OBJECTIVES[name] for name in objectives]
+    metrics = [OBJECTIVES[name][0] for name in objectives]
     several = len(metrics) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -304,28 +330,32 @@ def run_joint(
     _fit(space, tuning, place, trials=trials, keep=2)
 
 
-OBJECTIVES = {"error": METRIC, "params": "params_m"}
-"""What a joint search can minimise, and the result that holds it: never anything of the test part."""
+OBJECTIVES = {"error": (METRIC, "valid_error"), "params": ("params_m", "params_m")}
+"""What a joint search can minimise, by its name in a result and at a trial's end."""
 
 
 def _settle(
     journal: JournalStorage, begun: Sequence[Planned], objectives: Sequence[str], place: Place
 ) -> None:
     """Tell Optuna how the trials ended that it takes for running: the driver that ran them is gone."""
-    ends = {p.trial.id: records.read_rows(place.folder / "trials" / f"{p.trial.id}.jsonl")[-1] for p in begun}
+    ends = {p.trial.id: _end_metrics(p.trial.id, place) for p in begun}
     for study in journal.get_all_studies():
         for chosen in journal.get_all_trials(study._study_id, states=(TrialState.RUNNING,)):
             values: list[float] | None = None
             for p in begun:
                 if chosen.params.items() <= dict(p.axes).items():
-                    found = [ends[p.trial.id].get("metrics", {}).get(ENDS[name]) for name in objectives]
-                    values = None if None in found else found
+                    found = [ends[p.trial.id].get(OBJECTIVES[name][1]) for name in objectives]
+                    values = [value for value in found if value is not None]
+            if values is not None and len(values) < len(objectives):
+                values = None
             state = TrialState.FAIL if values is None else TrialState.COMPLETE
             journal.set_trial_state_values(chosen._trial_id, state, values)
 
 
-ENDS = {"error": "valid_error", "params": "params_m"}
-"""What a joint search can minimise, by its name among the metrics of a trial's end."""
+def _end_metrics(trial: str, place: Place) -> dict[str, Any]:
+    rows = records.read_rows(place.folder / "trials" / f"{trial}.jsonl")
+    ends: list[dict[str, Any]] = [row["metrics"] for row in rows if row["kind"] == "end"]
+    return ends[-1] if ends else {}
 
 
 def _joint_configuration(joint: Joint, share: Share, place: Place | None = None) -> dict[str, Any]:
@@ -354,7 +384,7 @@ def _fit(
 
     Raises:
         KeyboardInterrupt: Ctrl-C. Tune finishes the epochs under way, and returns as if all were done.
-        OSError: nothing more can be recorded, for the disk is full or gone.
+        PausedError: nothing more can be recorded, for the disk is full or gone.
     """
     forward, folder = Forward(place.recorder), place.folder.resolve()
     name = f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
@@ -384,13 +414,14 @@ def _fit(
         free = shutil.disk_usage(folder).free
         if forward.broken is None and free > FULL:
             raise
-        raise forward.broken or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise PausedError(forward.broken or f"{os.strerror(errno.ENOSPC)}: {folder}") from error
     finally:
-        # Records and checkpoints hold all that is needed; errors are left to be read.
-        if len(forward.ended) == trials and not any((folder / "tune" / name).rglob("error.txt")):
-            shutil.rmtree(folder / "tune" / name, ignore_errors=True)
+        # Records and checkpoints of our own hold all that is needed; errors are left to be read.
+        left = folder / "tune" / name
+        for path in [left] if not any(left.rglob("error.txt")) else left.glob("*/checkpoint_*"):
+            shutil.rmtree(path, ignore_errors=True)
     if forward.broken is not None:
-        raise forward.broken
+        raise PausedError(forward.broken)
     if len(forward.ended) < trials:
         raise KeyboardInterrupt
 

@@ -55,6 +55,9 @@ class TrialActor(tune.Trainable):
         if alike is not None and (other := differences(alike, fingerprint())):
             where = platform.node()
             raise RuntimeError(f"node {where} has {other}; install this code and requirements.lock there")
+        folder = Path(config["planned"]["checkpoints"] or "").parent
+        if alike is not None and not (folder / "study.json").exists():
+            raise RuntimeError(f"node {platform.node()} does not see {folder}; share the folder of --out")
         self.arrays = arrays
         self._begin(config)
 
@@ -69,7 +72,6 @@ class TrialActor(tune.Trainable):
         return_freed_memory()
         self.planned = resolve(config)
         self.base: dict[str, Any] = config["planned"]
-        self.fields = {name: config[name] for name in self.base["fields"]}
         self.id = self.base["id"] or self.planned.trial.id
         self.attempt = uuid.uuid4().hex
         self.rows: list[dict[str, Any]] = []
@@ -109,7 +111,11 @@ class TrialActor(tune.Trainable):
             try:
                 self.run.load_state_dict(held["run"], adopt=self.base["adopts"])
                 self.rows = json.loads(held["rows"])
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
             except (KeyError, RuntimeError, ValueError) as error:  # written by another version of the code
+                if NO_MEMORY in str(error):
+                    raise
                 doubts.append(f"its checkpoint does not fit ({_described(error)}), so it begins anew")
                 self.run = self._new_run()
         elif doubts:
@@ -132,6 +138,9 @@ class TrialActor(tune.Trainable):
                 self._fail(error)
         if self.run is None or self.run.done:
             self._end("completed")
+        if self.run is not None and self.run.result is not None:
+            # Said again: a trial that goes on after its last epoch has no other result.
+            result |= {METRIC: self.run.result.get("valid_error"), "params_m": self.run.params_m}
         due = time.monotonic() - self.saved > self.base["checkpoint_seconds"]
         if self.run is not None and (self.run.done or (due and not self.ended)):
             self._save(self.run)
@@ -161,7 +170,7 @@ class TrialActor(tune.Trainable):
         if self.checkpoints is None:
             return
         try:
-            state = {"run": run.state_dict(), "rows": json.dumps(self.rows), "fields": self.fields}
+            state = {"run": run.state_dict(), "rows": json.dumps(self.rows)}
             self.checkpoints.save(sum(run.epochs.values()), state)
         except OSError as error:
             # A trial without a new checkpoint has only more to repeat.

@@ -19,7 +19,7 @@ from PIL import Image
 from analysis import records
 from experiments import conclusion, packing, recorder, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
 from experiments import main as command
-from experiments.folder import held
+from experiments.folder import PausedError, held
 from experiments.main import Job, main, parser, prepare
 from experiments.packing import Machine, Node
 from experiments.provenance import PACKAGES, provenance
@@ -663,7 +663,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
             assert list(Path().rglob(f"{row['trial']}.jsonl"))
             stage.tracked.append(row)
 
-        def close(self, artifacts: Sequence[Path], summary: str) -> None:
+        def close(self, artifacts: Sequence[Path] = (), summary: str = "") -> None:
             stage.closed.append((artifacts, summary))
 
     monkeypatch.setattr(command, "Tracker", Tracked)
@@ -725,14 +725,61 @@ def test_only_what_has_not_ended_is_resumed(stage: Stage, capsys: pytest.Capture
 
 
 def test_two_processes_do_not_run_one_study(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     def run_it_twice(*_: object) -> None:
+        tried.append(1)
         with pytest.raises(FileExistsError, match="is being run by another process"), held(Path("study")):
             pass
 
-    monkeypatch.setattr(stage, "run_planned", run_it_twice)
+    from experiments import tune
+
+    monkeypatch.setattr(tune, "run_planned", run_it_twice)
     main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    assert tried == [1]
     with held(Path("study")):
         pass
+
+
+def test_a_study_that_another_process_runs_is_refused(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    with held(Path("study")), pytest.raises(SystemExit, match="2"):
+        main(sweep_edge_norm.STUDY, [*TINY, "--out", "study", "--resume"])
+    assert "study is being run by another process; wait for its end" in capsys.readouterr().err
+
+
+def test_what_is_left_to_do_is_read_once_nobody_else_can_do_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    read = command.past
+
+    def locked(folder: Path) -> Any:
+        with pytest.raises(FileExistsError), held(folder):
+            pass
+        return read(folder)
+
+    monkeypatch.setattr(command, "past", locked)
+    main(sweep_edge_norm.STUDY, [*TINY, "--out", "study", "--resume"])
+
+
+def test_a_study_that_can_record_nothing_more_is_paused(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from experiments import tune
+
+    def full(*_: object) -> None:
+        raise PausedError("No space left on device")
+
+    monkeypatch.setattr(tune, "run_planned", full)
+    with pytest.raises(SystemExit, match="3"):
+        main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    said = capsys.readouterr().err
+    assert "paused: No space left on device; what was recorded is kept" in said
+    assert "--resume --out study goes on" in said
+    assert stage.closed == [((), "")]
 
 
 def test_a_finished_study_is_not_run_again(stage: Stage) -> None:
