@@ -189,11 +189,14 @@ class RetrainOptuna(OptunaSearch):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Pass an end on, as a failure if an objective is missing: half a result is none."""
+        """Pass an end on, without its result if an objective is missing: half a result is none."""
         wanted: Any = self.metric
         names = wanted if isinstance(wanted, list) else [wanted]
         whole = result is not None and all(result.get(name) is not None for name in names)
-        super().on_trial_complete(trial_id, result if whole else None, error or not whole)
+        # Of several objectives Optuna takes none for a failure only.
+        super().on_trial_complete(
+            trial_id, result if whole else None, error or (not whole and len(names) > 1)
+        )
 
 
 FULL = 2**20

@@ -55,8 +55,9 @@ class TrialActor(tune.Trainable):
         if alike is not None and (other := differences(alike, fingerprint())):
             where = platform.node()
             raise RuntimeError(f"node {where} has {other}; install this code and requirements.lock there")
-        folder = Path(config["planned"]["checkpoints"] or "").parent
-        if alike is not None and not (folder / "study.json").exists():
+        kept = config["planned"]["checkpoints"]
+        folder = None if kept is None else Path(kept).parent
+        if alike is not None and folder and not (folder / "study.json").exists():
             raise RuntimeError(f"node {platform.node()} does not see {folder}; share the folder of --out")
         self.arrays = arrays
         self._begin(config)

@@ -132,7 +132,6 @@ def test_the_command_of_the_header_is_one_that_the_study_takes(config: Config) -
     worker = config["available_node_types"]["gpu_worker"]
     asked = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial}
     assert all(amount <= worker["resources"][name] for name, amount in asked.items())
-    assert options.max_failures == -1  # spot: losing a node is no failure of the trial
     assert options.out.is_relative_to("/srv/studies")
     assert options.tracking_uri == "http://127.0.0.1:5000"
 
@@ -197,7 +196,7 @@ def test_the_entrypoint_of_the_job_fits_its_workers(job: Config) -> None:
     _, limits = group(job)
     assert options.gpus_per_trial <= limits["nvidia.com/gpu"]
     assert options.cpus_per_trial <= int(limits["cpu"])
-    assert (options.max_failures, options.address) == (-1, "auto")
+    assert options.address == "auto"
 
 
 def test_workers_of_the_job_come_and_go(job: Config) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import checkpoints, compare_methods, worker
+from experiments import compare_methods, worker
 from experiments.checkpoints import KEEP, Checkpoints, read, write
 from experiments.packing import Share
 from experiments.study import Planned, Policy, Settings, plan
@@ -66,6 +66,22 @@ def test_damage_is_noticed(damage: str, tmp_path: Path) -> None:
             read(path)
 
 
+class Full:
+    """A file on a disk that has no more room."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __enter__(self) -> "Full":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def write(self, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
 def test_a_full_disk_leaves_what_was_there(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -78,8 +94,14 @@ def test_a_full_disk_leaves_what_was_there(
 
     with monkeypatch.context() as patched:
         if moment == "write":
-            patched.setattr(checkpoints, "_MAGIC", "not bytes, so that writing fails half way")
-            patched.setattr(Path, "open", lambda *_: full())
+            opened = Path.open
+
+            def half(path: Path, *mode: Any) -> Any:
+                file = opened(path, *mode)
+                file.write(b"half of it")
+                return Full(file)
+
+            patched.setattr(Path, "open", half)
         else:
             patched.setattr(os, moment, full)
         with pytest.raises(OSError, match="No space left"):
@@ -116,6 +138,16 @@ def test_the_one_before_stands_in_for_a_torn_one(tmp_path: Path) -> None:
     # It is gone, so that the next one to be saved finds the good one to fall back to.
     kept.save(3, {"epochs": 3})
     assert sorted(each.name for each in (tmp_path / "abc").iterdir()) == ["000001.pt", "000003.pt"]
+
+
+def test_a_state_that_was_given_up_goes_when_another_is_saved(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, "abc")
+    for epochs in (7, 8):
+        kept.save(epochs, {"epochs": epochs})
+    for epochs in (1, 2, 3):
+        kept.save(epochs, {"epochs": epochs, "anew": True})
+        assert kept.load() == ({"epochs": epochs, "anew": True}, [])
+    assert sorted(each.name for each in (tmp_path / "abc").iterdir()) == ["000002.pt", "000003.pt"]
 
 
 def test_none_is_left(tmp_path: Path) -> None:
@@ -261,6 +293,8 @@ def test_a_checkpoint_of_another_version_is_told_of_and_left(tmp_path: Path) -> 
     p = planned()["pc_darts"]
     kept = Checkpoints(tmp_path, p.trial.id)
     kept.save(2, {"run": {"trial": p.trial.id, "search": {}}, "rows": "[]"})
+    first = [row for _ in range(2) for row in actor(p, tmp_path).step()["rows"]]  # which lives for an epoch
+    assert sum(row["kind"] == "epoch" for row in first) == 3  # 0; 0 told again, and 1
     rows = to_the_end(actor(p, tmp_path))
     assert outcome(rows) == undisturbed("pc_darts")
     (note,) = [row["text"] for row in rows if row["kind"] == "note"]
@@ -324,3 +358,22 @@ def test_deterministic_algorithms_exist_for_all_that_a_trial_runs(method: str, t
     # A process that is used again for a trial that does not ask for them uses them no more.
     actor(planned()["pc_darts"], tmp_path)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("x")])
+def test_a_checkpoint_for_which_there_is_no_room_is_no_wrong_one(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = planned()["pc_darts"]
+    actor(p, tmp_path).step()
+
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TrialRun, "load_state_dict", load)
+    if isinstance(error, torch.OutOfMemoryError):
+        assert actor(p, tmp_path).step()["rows"][-1]["status"] == "oom"
+    else:
+        with pytest.raises(torch.AcceleratorError):
+            actor(p, tmp_path)
+    assert Checkpoints(tmp_path, p.trial.id).load()[0] is not None

@@ -147,12 +147,15 @@ def comparable(folder: Path) -> dict[str, pd.DataFrame]:
     return {"trials": trials, "epochs": epochs, "genotypes": tables.genotypes}
 
 
-def test_a_study_whose_driver_is_killed_twice_ends_as_if_it_never_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--retrain-seeds", "2")], ids=["one phase", "two phases"])
+def test_a_study_whose_driver_is_killed_twice_ends_as_if_it_never_was(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole" / "study", tmp_path / "broken" / "study"
     for folder in (whole, broken):
         folder.parent.mkdir()
-    assert study(whole).wait(600) == 0
-    total, resume = rows_in(whole), ()
+    assert study(whole, *options).wait(600) == 0
+    total, resume = rows_in(whole), options
     for share in (0.3, 0.7):
         driver = study(broken, *resume)
         while rows_in(broken) < share * total and driver.poll() is None:
@@ -160,11 +163,11 @@ def test_a_study_whose_driver_is_killed_twice_ends_as_if_it_never_was(tmp_path: 
         assert driver.poll() is None, "it ended before it could be killed"
         driver.kill()
         driver.wait()
-        resume = ("--resume",)
+        resume = (*options, "--resume")
     ended = [path for path in (broken / "trials").glob("*") if b'"kind": "end"' in path.read_bytes()]
     finished = {path.stem: path.read_bytes() for path in ended}
     assert finished
-    assert study(broken, "--resume").wait(600) == 0
+    assert study(broken, *resume).wait(600) == 0
     # What had ended was left alone.
     assert {name: (broken / f"trials/{name}.jsonl").read_bytes() for name in finished} == finished
     one, other = comparable(whole), comparable(broken)
@@ -172,7 +175,8 @@ def test_a_study_whose_driver_is_killed_twice_ends_as_if_it_never_was(tmp_path: 
         pd.testing.assert_frame_equal(table, other[name], check_exact=True)
     store = sqlite3.connect(broken.parent / "mlflow.db")
     runs = store.execute("select value from tags where key = 'trial_id'").fetchall()
-    assert sorted(trial for (trial,) in runs) == sorted(one["trials"]["trial_id"])
+    ids = {*one["trials"]["search_id"], *one["trials"]["retraining_id"]}
+    assert sorted(trial for (trial,) in runs) == sorted(ids)
     twice = "select run_uuid, key, step from metrics group by run_uuid, key, step having count(*) > 1"
     assert store.execute(twice).fetchall() == []
     expected = sqlite3.connect(whole.parent / "mlflow.db").execute("select count(*) from metrics").fetchall()

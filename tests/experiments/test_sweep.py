@@ -159,7 +159,7 @@ def test_a_study_leaves_records_tables_figures_and_a_summary(finished: Finished)
 
 def test_a_study_says_how_far_it_is_and_what_it_found(finished: Finished) -> None:
     for number in (1, 2, 3):
-        assert f"[{number}/3 trials] 0:" in finished.said
+        assert f"[{number}/3 trials] " in finished.said
     assert "about 0:00 left, best validation error" in finished.said
     assert "3 of 3 trials finished with a test error" in finished.said
     assert f"--backend-store-uri {finished.uri}" in finished.said
@@ -207,7 +207,7 @@ def test_the_same_study_twice_gives_the_same_genotypes_and_errors(
 
 
 @pytest.mark.usefixtures("_no_figures")
-@pytest.mark.filterwarnings("ignore:.*torn by a crash while it was written")
+@pytest.mark.filterwarnings("ignore:.*torn by a crash")
 def test_a_study_that_was_stopped_goes_on(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "study"
     shutil.copytree(finished.folder, folder)
@@ -217,8 +217,6 @@ def test_a_study_that_was_stopped_goes_on(finished: Finished, tmp_path: Path) ->
     torn = next(path for path, content in before.items() if b'"arm": "K=4"' in content)
     lines = before[torn].splitlines(keepends=True)
     torn.write_bytes(b"".join(lines[:-2]) + lines[-2][:60])  # a crash in the last epoch's row
-    *_, later = sorted(folder.glob(f"tune/*/{torn.stem}/checkpoint_*"))  # written after a row, so not yet
-    shutil.rmtree(later)
 
     main(SWEEP, small(folder, uri, "--resume"))
 
@@ -226,8 +224,9 @@ def test_a_study_that_was_stopped_goes_on(finished: Finished, tmp_path: Path) ->
         assert (path.read_bytes() == content) == (path != torn)
     rows = records.read_rows(torn)
     assert [row["kind"] for row in rows].count("start") == 2
-    # It went on from the checkpoint between the stages: no epoch of the search was repeated.
-    assert [row["stage"] for row in rows if row["kind"] == "epoch"].count("search") == 2
+    # Its checkpoints had gone with its end, so it began anew, and came out as before.
+    assert [row["stage"] for row in rows if row["kind"] == "epoch"].count("search") == 4
+    assert not [row for row in rows if row["kind"] == "note"]
     pd.testing.assert_frame_equal(outcome(folder), outcome(finished.folder))
     pd.testing.assert_frame_equal(curves(folder), curves(finished.folder))
     runs = Finished(folder, uri, "").runs("tags.kind = 'trial'")

@@ -728,7 +728,7 @@ def test_a_worker_that_was_killed_for_memory_each_time_is_out_of_memory(kept: Ke
     member.error, member.num_failures = RuntimeError(error), 4
     tell(forward, "error", member)
     assert kept.rows[-1]["status"] == "oom"
-    assert kept.rows[-1]["reason"].startswith("started 4 times: ")
+    assert kept.rows[-1]["reason"].startswith("started 4 times in vain: ")
 
 
 def test_nothing_is_told_of_trials_once_nothing_can_be_recorded() -> None:
