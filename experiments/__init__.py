@@ -11,5 +11,6 @@ for _name, _value in {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "1000",
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # of Tune's own state, from which nothing is restored here
 }.items():
     os.environ.setdefault(_name, _value)

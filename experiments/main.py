@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -379,6 +380,7 @@ def run(job: Job, left: Work, lock: ExitStack) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    shutil.rmtree(folder / "tune", ignore_errors=True)  # what a killed driver left; nothing is read from it
     write_study(folder, {**job.meta, "packing": said})
     uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
     tracker = Tracker(uri, records.read_study(folder), folder)

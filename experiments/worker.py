@@ -71,6 +71,8 @@ class TrialActor(tune.Trainable):
         # The networks of the trial before go first: two would have to fit otherwise.
         self.run: TrialRun | None = None
         return_freed_memory()
+        # What is left is no trial's: libraries, which stay, and which no later collection need walk again.
+        gc.freeze()
         self.planned = resolve(config)
         self.base: dict[str, Any] = config["planned"]
         self.id = self.base["id"] or self.planned.trial.id

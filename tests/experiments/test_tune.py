@@ -643,9 +643,11 @@ class Kept:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.news = True
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: dict[str, Any]) -> bool:
         self.rows.append(row)
+        return self.news
 
 
 @pytest.fixture
@@ -855,3 +857,42 @@ def test_trials_that_split_the_same_images_share_them() -> None:
         ("stream", True),
     ):
         assert worker.data_key(override(trial, {f"data.{name}": value})) != worker.data_key(trial)
+
+
+def test_only_failures_in_a_row_count(kept: Kept) -> None:
+    forward, member = Forward(kept), Member("x", planned_config(K4))
+    tell(forward, "start", member)
+    member.run_metadata.num_failures = 2
+    tell(forward, "result", member, result=complete(K4)[0])
+    assert member.run_metadata.num_failures == 0  # a new epoch: the trial gets on
+    member.run_metadata.num_failures = 2
+    kept.news = False
+    tell(forward, "result", member, result=complete(K4)[0])
+    assert member.run_metadata.num_failures == 2  # the same epoch again, as for ever
+
+
+def test_a_trial_stopped_just_before_the_driver_died_is_not_run_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[str] = []
+
+    def fit(space: dict[str, Any], tuning: Any, place: Place, *, trials: int, keep: int | None) -> None:
+        run.extend(space["trial"]["grid_search"])
+
+    monkeypatch.setattr(tune, "_fit", fit)
+    planned = [trials()[K4], trials()[K8]]
+    stopped = planned[0].trial.id
+    rows = [row for result in complete(K4)[:4] for row in result["rows"]]
+    mark = {"kind": "mark", "trial": stopped, "attempt": "a", "time": time.time(), "rung": 2.0}
+    rows.append(mark | {"probability": 0.0, "goes_on": False, "audit": False})
+    for row in rows:
+        records.append_row(tmp_path / "trials" / f"{stopped}.jsonl", row)
+    told: list[dict[str, Any]] = []
+    recorder = SimpleNamespace(row=told.append)
+    packing = SimpleNamespace(share=lambda trial: ONE, resources=Resources())
+    place = Place(packing, arrays(), recorder, tmp_path)  # type: ignore[arg-type]
+    tune.run_planned(planned, place, Stopping("asha"), rows)
+    assert run == [planned[1].trial.id]
+    (end,) = told
+    assert (end["trial"], end["status"], end["metrics"]) == (stopped, "pruned", {})
+    assert end["genotype"] == rows_of(complete(K4))[-1]["genotype"]
