@@ -45,8 +45,8 @@ class StageAware(FIFOScheduler):
         self.judge.replay(result.get("rows", ()))
 
 
-class RetrainHyperBand(HyperBandScheduler):
-    """HyperBand that lets a search pass: its results tell no time."""
+class _OfRetrainings(TrialScheduler):
+    """Lets a search pass: its results say nothing that is compared."""
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Decide on a retraining epoch; a search goes on."""
@@ -56,15 +56,12 @@ class RetrainHyperBand(HyperBandScheduler):
         return decision
 
 
-class RetrainPBT(PopulationBasedTraining):
-    """Population-based training that copies and mutates retrainings, and lets a search pass."""
+class RetrainHyperBand(_OfRetrainings, HyperBandScheduler):
+    """HyperBand of retrainings."""
 
-    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        """Decide on a retraining epoch; a search goes on."""
-        if METRIC not in result:
-            return TrialScheduler.CONTINUE
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        return decision
+
+class RetrainPBT(_OfRetrainings, PopulationBasedTraining):
+    """Population-based training that copies and mutates retrainings."""
 
 
 def scheduler(
