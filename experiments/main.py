@@ -7,7 +7,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -407,6 +407,9 @@ def run(job: Job, left: Work, lock: ExitStack) -> None:
         tracker.close(*conclude(folder))
         raise
     tracker.close(artifacts, text)
+    for name in ("checkpoints", "tune"):
+        with suppress(OSError):  # of trials that may be tried again there is still something to keep
+            (folder / name).rmdir()
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
     if any(one.status == "failed" for one in past(folder).values()):
         raise SystemExit(1)
