@@ -33,8 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         help="write a study, or ground truth, as a page",
         description="Write report.html, report.md, results.json and figures/ of a study folder, an MLflow "
-        "store "
-        "(.db), NAS-Bench-Macro (.json), or a folder of learning curves (.npy).",
+        "store (.db), NAS-Bench-Macro (.json), or a folder of learning curves (.npy).",
     )
     _source(one)
     one.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
@@ -44,8 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         help="compare arms of two studies",
         description="Compare each arm that two studies share by name, or the two that --arms names: test "
-        "error "
-        "in percentage points, first minus second.",
+        "error in percentage points, first minus second.",
     )
     one.add_argument("a", type=Path, metavar="DIR", help="first study")
     one.add_argument("b", type=Path, metavar="DIR", help="second study")
@@ -96,8 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "diff-runs",
         help="the first step at which two runs differ",
         description="Compare two study folders, or the JSONL files of two trials, step by step; measured "
-        "metrics "
-        "(seconds, memory) are set aside. Exit code 1 if anything differs.",
+        "metrics (seconds, memory) are set aside. Exit code 1 if anything differs.",
     )
     one.add_argument("a", type=Path, metavar="A", help="study folder, or trials/ID.jsonl")
     one.add_argument("b", type=Path, metavar="B", help="the other")

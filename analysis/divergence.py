@@ -1,6 +1,5 @@
 """Where two runs part: the first step, by stage and epoch, at which their records differ."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,6 @@ from typing import Any
 
 from analysis import records
 from analysis.resample import count
-
-MEASURED = re.compile(r"(^|_)(seconds|time|memory_mb|latency_ms|images_per_second)$")
-"""Metrics that a clock or a meter gives: they differ between equal runs and are set aside."""
 
 _STAGES = {"search": 0, "retrain": 1}
 _START = (0, 0, 0)
@@ -197,7 +193,7 @@ def _where(key: tuple[int, int, int]) -> str:
 
 
 def _measured(name: str) -> bool:
-    return name.startswith("metric ") and MEASURED.search(name.removeprefix("metric ")) is not None
+    return name.startswith("metric ") and records.is_measured(name.removeprefix("metric "))
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ END_METRICS = (
     "peak_memory_mb",
 )
 """End metrics that are columns of every trials table, if need be empty; others follow as they occur."""
+
+MEASURED = re.compile(r"(^|_)(seconds|time|memory_mb|latency_ms|images_per_second)$")
+"""Metrics that a clock or a meter gives: they differ between equal runs."""
 
 Row = dict[str, Any]
 
@@ -101,6 +105,11 @@ class Tables:
         """Trials (of an arm) that completed with a test error: the runs that claims rest on."""
         used = (self.trials["status"] == "completed") & self.trials["test_error"].notna()
         return self.trials[used if arm is None else used & (self.trials["arm"] == arm)]
+
+
+def is_measured(metric: str) -> bool:
+    """Whether a metric is of the machine rather than of the trial: it never comes out the same twice."""
+    return MEASURED.search(metric) is not None
 
 
 # Rows

@@ -325,11 +325,6 @@ class Work:
     remaining: int
     """Trials that a joint search has yet to choose."""
 
-    @property
-    def epochs(self) -> dict[str, int]:
-        """Epochs recorded, by trial."""
-        return {trial: one.epochs for trial, one in self.recorded.items()}
-
 
 def work(job: Job) -> Work:
     """What is left to do, by what the folder holds.
@@ -350,6 +345,10 @@ def work(job: Job) -> Work:
 
 def _unfinished(planned: Sequence[Planned], recorded: Mapping[str, Past]) -> list[Planned]:
     return [p for p in planned if not (p.trial.id in recorded and recorded[p.trial.id].finished)]
+
+
+def _epochs(recorded: Mapping[str, Past]) -> dict[str, int]:
+    return {trial: one.epochs for trial, one in recorded.items()}
 
 
 def run(job: Job, left: Work, lock: ExitStack) -> None:
@@ -385,7 +384,7 @@ def run(job: Job, left: Work, lock: ExitStack) -> None:
     uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder)
     tracker = Tracker(uri, records.read_study(folder), folder)
     tracker.open()
-    progress = Progress([*left.todo, *left.begun], job.base, left.remaining, left.epochs)
+    progress = Progress([*left.todo, *left.begun], job.base, left.remaining, _epochs(left.recorded))
     recorder = Recorder(folder, tracker, progress, repeats=options.scheduler != "pbt")
     data = {worker.data_key(job.base): job.arrays}
     alike = fingerprint() if cluster.joined(job.resources) else None
@@ -399,20 +398,29 @@ def run(job: Job, left: Work, lock: ExitStack) -> None:
             _retrain(job, place, recorder)
         if left.begun or left.remaining:
             tune.run_joint(_joint(job), left.begun, left.remaining, options.objectives, place)
-        artifacts, text = conclude(folder)
     except PausedError:
         tracker.close()
         raise
     except BaseException:
-        tracker.close(*conclude(folder))
+        _end(folder, tracker)
         raise
-    tracker.close(artifacts, text)
+    _end(folder, tracker)
     for name in ("checkpoints", "tune"):
         with suppress(OSError):  # of trials that may be tried again there is still something to keep
             (folder / name).rmdir()
     print(f"\nMLflow  {ui_command(uri, tracker.link())}")
     if any(one.status == "failed" for one in past(folder).values()):
         raise SystemExit(1)
+
+
+def _end(folder: Path, tracker: Tracker) -> None:
+    """Tables, figures and claims of what there is, for the tracker as well."""
+    try:
+        artifacts, text = conclude(folder)
+    except PausedError:
+        tracker.close()
+        raise
+    tracker.close(artifacts, text)
 
 
 def _retrain(job: Job, place: "tune.Place", recorder: Recorder) -> None:
@@ -429,8 +437,7 @@ def _retrain(job: Job, place: "tune.Place", recorder: Recorder) -> None:
     )
     if todo:
         print("\n".join(place.packing.describe(todo, len(todo))))
-        epochs = {trial: one.epochs for trial, one in recorded.items()}
-        recorder.progress = Progress(todo, job.base, 0, epochs)
+        recorder.progress = Progress(todo, job.base, 0, _epochs(recorded))
         stopping = FIFO if job.stopping.rungs == "search_epoch" else job.stopping
         tune.run_planned(todo, place, stopping, _rows(job.folder))
 

@@ -11,12 +11,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from analysis.records import is_measured
+
 Verdict = Literal["new", "repeat", "differs"]
-
-
-def is_measured(metric: str) -> bool:
-    """Whether a metric is of the machine rather than of the trial: it never comes out the same twice."""
-    return metric.endswith(("seconds", "peak_memory_mb"))
 
 
 class Repeats:

@@ -17,10 +17,10 @@ import pandas as pd
 import pytest
 
 from analysis import records
+from analysis.records import is_measured
 from experiments import cluster, compare_methods, tune, worker
 from experiments.packing import Share
 from experiments.recorder import Progress, Recorder
-from experiments.repeats import is_measured
 from experiments.study import Planned, Policy, Resources, Settings, plan
 from nas.data import load
 

@@ -20,9 +20,9 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group
 
 from analysis import records
+from analysis.records import is_measured
 from experiments import cluster
 from experiments.provenance import fingerprint
-from experiments.repeats import is_measured
 from experiments.study import Resources
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from experiments.repeats import Repeats, difference, is_measured
+from analysis.records import is_measured
+from experiments.repeats import Repeats, difference
 from nas.metrics import METRICS
 from nas.trial import SEARCH_SUMMARY
 
