@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -55,7 +56,7 @@ from nas.methods import Method
 from nas.papers import PAPERS
 from nas.retrain import check_retrain
 from nas.searchers import RandomGenotype
-from nas.trial import Trial
+from nas.trial import Trial, recorded_metrics
 
 if TYPE_CHECKING:
     from experiments import tune
@@ -131,6 +132,13 @@ def parser(study: Study) -> argparse.ArgumentParser:
         default=0.0,
         metavar="SHARE",
         help="share of the trials, drawn at random, that asha or median let go on to the end",
+    )
+    add(
+        "--primary",
+        nargs="+",
+        metavar="METRIC",
+        help="search metrics (columns of trials.parquet) whose association with the final error is declared "
+        f"before there are results; others are exploratory (default: {', '.join(study.primary) or 'none'})",
     )
     add(
         "--set",
@@ -283,6 +291,8 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     _check(options)
     if options.paper:
         study = replace(study, base=PAPERS[options.paper])
+    if options.primary:
+        study = replace(study, primary=tuple(options.primary))
     changes = parse_changes(options.changes)
     objectives = tuple(options.objectives) if study.joint else ()
     settings = Settings(
@@ -299,6 +309,7 @@ def prepare(study: Study, options: argparse.Namespace) -> Job:
     planned = plan(study, replace(settings, batch="fixed"))
     base = resolve(study.base, settings)
     _check_selection(study, options, base)
+    _check_primary(study, base)
     arrays = load(base.data)
     shape = _check_data(arrays, base, planned)
     planned = plan(study, settings, shape)
@@ -469,7 +480,9 @@ def _foreseen(job: Job, left: Work, packing: Packing) -> list[str]:
         for p in job.planned:
             if p.name in open_searches:
                 # At most: it may find what another has found.
-                found = replace(p.trial, method=Method(searcher=RandomGenotype()), search=(), measure=())
+                found = replace(
+                    p.trial, method=Method(searcher=RandomGenotype()), search=(), measure=(), measure_every=1
+                )
                 for seed in range(job.settings.retrain_seeds):
                     name = f"what {p.name} finds, retrain={seed}"
                     trial = replace(found, seeds=replace(p.trial.seeds, retrain=seed))
@@ -550,6 +563,19 @@ def _check_selection(study: Study, options: argparse.Namespace, base: Trial) -> 
         )
 
 
+def _check_primary(study: Study, base: Trial) -> None:
+    """Refuse to declare a metric that no trial will record."""
+    known = recorded_metrics(base)
+    for name in study.primary:
+        if name not in known:
+            close = get_close_matches(name, known, n=3, cutoff=0.5)
+            raise ValueError(
+                f"--primary {name}: trials of this study do not record it; name metrics that they do"
+                + (f" ({', '.join(close)}, ...)" if close else "")
+                + f", or have it measured: --set measure=..., now {','.join(base.measure) or 'nothing more'}"
+            )
+
+
 def _stopping(options: argparse.Namespace) -> Stopping:
     return Stopping(
         scheduler=options.scheduler,
@@ -612,5 +638,7 @@ def _describe(
         "threads": max(1, int(options.cpus_per_trial or 1)),
         "deterministic": options.deterministic,
         "metrics": catalogue(base.measure),
+        # Written before there is a result: what a report tests as declared.
+        "primary_metrics": list(study.primary),
         "provenance": provenance(arrays.name, arrays.sha256, base.to_dict()),
     }

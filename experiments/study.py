@@ -93,6 +93,9 @@ class Study:
     """Arm that the others are compared with."""
     note: str = ""
     """What a reader of the result must know about how its arms hang together."""
+    primary: tuple[str, ...] = ()
+    """Search metrics, by column of the trials table, that the study declares before it has results; what the
+    report finds of others is exploratory."""
     baseline: bool = True
     """Whether genotypes drawn at random, retrained alike, are an arm of the study."""
 
@@ -259,6 +262,7 @@ def retrainings(planned: Sequence[Planned], found: Mapping[str, Genotype], seeds
                 method=Method(searcher=Given(str(genotype.canonical()))),
                 search=(),
                 measure=(),
+                measure_every=1,
                 seeds=replace(p.trial.seeds, search=0, retrain=0),
             )
             groups.setdefault(trial, []).append(search.trial.id)

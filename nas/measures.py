@@ -77,8 +77,9 @@ class Measure:
 
     columns: dict[str, Metric]
     compute: Callable[[View], Values]
-    last_only: bool = False
-    """Whether it is measured once, after the last epoch of a stage: it takes longer than an epoch."""
+    when: Literal["always", "every", "last"] = "always"
+    """After each epoch; after every so many (`Trial.measure_every`), since it runs the supernet; or once,
+    after the last epoch of a stage, since it takes longer than an epoch."""
 
 
 # --- descriptors of the architecture parameters and of the genotype -----------------------------------------
@@ -434,6 +435,7 @@ MEASURES: dict[str, Measure] = {
             "alignment_max": Metric("nats", "neither", "largest entry of it in modulus"),
         },
         alignment,
+        when="every",
     ),
     "eigenvalue": Measure(
         {
@@ -442,6 +444,7 @@ MEASURES: dict[str, Measure] = {
             "eigenvalue_high": Metric("nats", "neither", f"upper {_INTERVAL}"),
         },
         eigenvalue,
+        when="every",
     ),
     "hessian": Measure(
         {
@@ -460,7 +463,7 @@ MEASURES: dict[str, Measure] = {
             },
         },
         hessian,
-        last_only=True,
+        when="last",
     ),
     "perturbation": Measure(
         {
@@ -475,7 +478,7 @@ MEASURES: dict[str, Measure] = {
             ),
         },
         perturbation,
-        last_only=True,
+        when="last",
     ),
 }
 """What `Trial.measure` may name, besides proxies and groups."""
@@ -505,12 +508,16 @@ def spelled_out(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in (*MEASURES, *PROXIES) if name in asked)
 
 
-def measured(names: Sequence[str], view: View, *, last: bool) -> Values:
-    """Columns of those of `names` that are due after this epoch, and the seconds of each."""
+def measured(names: Sequence[str], view: View, *, every: bool, last: bool) -> Values:
+    """Columns of those of `names` that are due after this epoch, and the seconds of each.
+
+    `every` says whether those that run the supernet are due; after the `last` epoch of a stage all are.
+    """
+    due = {"always", *(["every"] if every else []), *(["every", "last"] if last else [])}
     found: Values = {}
     for name in spelled_out(names):
         measure = MEASURES.get(name)
-        if measure is not None and (last or not measure.last_only):
+        if measure is not None and measure.when in due:
             started = time.perf_counter()
             found |= measure.compute(view)
             found[f"{name}_seconds"] = time.perf_counter() - started

@@ -117,9 +117,11 @@ class SearchRun:
         device: torch.device,
         price: Price,
         measure: tuple[str, ...] = (),
+        measure_every: int = 1,
     ) -> None:
         self.space, self.method, self.stages, self.data = space, method, stages, data
-        self.seed, self.device, self.price, self.measure = seed, device, price, measure
+        self.seed, self.device, self.price = seed, device, price
+        self.measure, self.measure_every = measure, measure_every
         self.choices: dict[str, Choices] = dict(space.choices)
         self.part = 0
         self.epoch = 0
@@ -256,7 +258,8 @@ class SearchRun:
         self, state: SearchState, genotype: Genotype, metrics: Values, *, last: bool
     ) -> Values:
         """What `measure` asks for after this epoch."""
-        found = measured(self.measure, self._view(state, genotype, metrics), last=last)
+        every = self.epoch % self.measure_every == 0
+        found = measured(self.measure, self._view(state, genotype, metrics), every=every, last=last)
         if "stability" in spelled_out(self.measure):
             now = {name: p.detach() for name, p in state.arch.probabilities().items()}
             self.before = Snapshot(genotype, now)

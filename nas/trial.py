@@ -6,6 +6,7 @@ in this process.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -13,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from nas.config import from_dict, to_dict
+from nas.config import check_range, from_dict, to_dict
 from nas.costs import network_cost
 from nas.data import Arrays, Data, DataConfig, load
 from nas.genotype import Genotype
-from nas.measures import check_measures, columns_of, spelled_out
+from nas.measures import catalogue, check_measures, columns_of, spelled_out
 from nas.methods import METHODS, Method
 from nas.network import Network
 from nas.proxies import BATCH_SIZE, BATCHES, PROXIES, evaluate
@@ -53,8 +54,12 @@ class Trial:
     seeds: Seeds = Seeds()
     measure: tuple[str, ...] = ()
     """What is measured besides the usual, by name: `nas.measures.MEASURES`, its groups, and proxies."""
+    measure_every: int = 1
+    """Epochs from one measurement to the next of what runs the supernet for it (`eigenvalue`, `alignment`),
+    from the first epoch of a stage on; the last epoch always is one. The literature has 2."""
 
     def __post_init__(self) -> None:
+        check_range(self, measure_every=(1, math.inf, "2 is usual"))
         check_measures(self.measure)
         check_search(self.space, self.method, self.search)
         if self.data.weights_share == 1 and any(stage.frozen_epochs < stage.epochs for stage in self.search):
@@ -69,8 +74,9 @@ class Trial:
         here = replace(self.data, root=DataConfig.root, download=DataConfig.download, workers=None)
         plain = replace(self, data=here).to_dict()
         # Fields that came later are no part of the hash while they are off: earlier records keep their names.
-        if not self.measure:
-            del plain["measure"]
+        for name, off in (("measure", ()), ("measure_every", 1)):
+            if getattr(self, name) == off:
+                del plain[name]
         if self.method.stop is None:
             del plain["method"]["stop"]
         text = json.dumps(plain, sort_keys=True)
@@ -143,6 +149,7 @@ class TrialRun:
             device,
             pricing(trial, data),
             trial.measure,
+            trial.measure_every,
         )
         self.retrain: RetrainRun | None = None
         self.seconds: dict[StageName, float] = {"search": 0.0, "retrain": 0.0}
@@ -311,6 +318,13 @@ SEARCH_SUMMARY = (
     "alpha_margin",
 )
 """Metrics of the last search epoch that the result repeats, to stand in one row with the final error."""
+
+
+def recorded_metrics(trial: Trial) -> tuple[str, ...]:
+    """What records say of the search of a trial, and what may so be correlated with its final error."""
+    found = ("params_m", "madds_m", "skips", "skips_reduce", "discretisation_gap", "search_seconds")
+    measured = (name if name.startswith("proxy_") else f"search_{name}" for name in catalogue(trial.measure))
+    return tuple(dict.fromkeys((*found, *measured)))
 
 
 @dataclass(frozen=True)

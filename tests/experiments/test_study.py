@@ -53,6 +53,7 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 DIGITS = DataShape(channels=1, image_size=8, classes=10)
 
 BASES = {
+    "ablate_pc_darts": "pc_darts",
     "compare_methods": "darts_1st",
     "sweep_depths": "p_darts",
     "sweep_edge_norm": "pc_darts",
@@ -63,6 +64,9 @@ BASES = {
 """Whose published recipe each script starts from."""
 
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    "ablate_pc_darts": {
+        f"K={k} edge_norm={norm}": {"K": k, "edge_norm": norm} for k in (1, 4) for norm in (False, True)
+    },
     "compare_methods": {
         f"method={name}": {"method": name}
         for name in ("darts_1st", "darts_2nd", "pc_darts", "p_darts", "gdas")
@@ -78,6 +82,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
 """The arms of each grid, and what tables know of them."""
 
 VARIED = {
+    "ablate_pc_darts": ("method.supernet.partial_channels", "method.supernet.edge_norm"),
     "compare_methods": ("space.", "method.", "search."),
     "sweep_depths": ("search.",),
     "sweep_edge_norm": ("method.supernet.edge_norm",),
@@ -106,8 +111,9 @@ def of_arm(trials: list[Planned], arm: str) -> list[Planned]:
 
 
 def leaves(trial: Trial) -> dict[str, Any]:
-    """Every field of a trial but the seeds that are counted."""
-    return {n: v for n, v in paths(trial).items() if n not in ("seeds.search", "seeds.retrain")}
+    """Every field of a trial but the seeds that are counted and what is measured, which changes nothing."""
+    apart = ("seeds.search", "seeds.retrain", "measure", "measure_every")
+    return {n: v for n, v in paths(trial).items() if n not in apart}
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:

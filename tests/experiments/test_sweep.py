@@ -19,6 +19,7 @@ import torch
 
 from analysis import records
 from experiments import (
+    ablate_pc_darts,
     compare_methods,
     conclusion,
     recorder,
@@ -260,6 +261,7 @@ def test_a_study_runs_on_images_from_a_parquet_folder(store: str, tmp_path: Path
         sweep_skips.STUDY,
         sweep_joint.STUDY,
         compare_methods.STUDY,
+        ablate_pc_darts.STUDY,
     ],
     ids=lambda study: study.name,
 )

@@ -263,8 +263,8 @@ def test_the_catalogue_tells_all_that_is_recorded() -> None:
 
 def test_a_measure_gives_its_columns_and_its_seconds() -> None:
     view = view_of()
-    assert set(measured(("alphas", "snip"), view, last=False)) == set(columns_of(("alphas",)))
-    assert measured(("hessian",), view, last=False) == {}, "only after a stage's last epoch"
+    assert set(measured(("alphas", "snip"), view, every=True, last=False)) == set(columns_of(("alphas",)))
+    assert measured(("hessian",), view, every=True, last=False) == {}, "only after a stage's last epoch"
 
 
 # In a trial
@@ -374,7 +374,7 @@ def test_a_trial_without_search_has_proxies_too() -> None:
 def test_what_is_off_is_no_part_of_the_name_of_a_trial() -> None:
     plain = TRIAL.to_dict()
     assert Trial.from_dict(json.loads(json.dumps(plain))) == TRIAL
-    del plain["measure"], plain["method"]["stop"]  # as records of before have it
+    del plain["measure"], plain["measure_every"], plain["method"]["stop"]  # as records of before have it
     assert Trial.from_dict(plain) == TRIAL
     assert hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest().startswith(TRIAL.id)
     stopping = replace(TRIAL, method=replace(TRIAL.method, stop=EigenvalueStop()))
