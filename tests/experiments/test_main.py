@@ -17,7 +17,16 @@ import torch
 from PIL import Image
 
 from analysis import records
-from experiments import conclusion, packing, recorder, sweep_depths, sweep_edge_norm, sweep_joint, sweep_k
+from experiments import (
+    ablate_pc_darts,
+    conclusion,
+    packing,
+    recorder,
+    sweep_depths,
+    sweep_edge_norm,
+    sweep_joint,
+    sweep_k,
+)
 from experiments import main as command
 from experiments.folder import PausedError, held
 from experiments.main import Job, main, parser, prepare
@@ -111,6 +120,12 @@ def test_a_k_that_does_not_divide_is_refused(refusal: Refusal) -> None:
         (("--trials", "4"), "unrecognized arguments: --trials 4"),  # a grid has as many as it has
         (("--cpus-per-trial", "0"), "--cpus-per-trial 0 must be above 0"),
         (("--max-concurrent", "0"), "--max-concurrent 0 must be at least 1"),
+        (
+            ("--primary", "search_valid_eror"),
+            "--primary search_valid_eror: trials of this study do not record it; name metrics that they do "
+            "(search_valid_error,",
+        ),
+        (("--primary", "proxy_snip"), "or have it measured: --set measure=..., now nothing more"),
     ],
 )
 def test_a_wrong_option_is_refused(refusal: Refusal, arguments: Sequence[str], message: str) -> None:
@@ -705,6 +720,14 @@ def test_a_run_ends_in_tables_figures_and_claims(
     assert "edge_norm=False against random" in text
     assert all(path.exists() for path in artifacts)
     assert (folder / "summary.md").read_text().startswith(f"# {sweep_edge_norm.STUDY.question}")
+
+
+def test_primary_metrics_are_declared_before_there_are_results() -> None:
+    assert ready().meta["primary_metrics"] == []
+    assert ready("--primary", "skips", "params_m").meta["primary_metrics"] == ["skips", "params_m"]
+    measured = ready("--set", "measure=snip", "--primary", "proxy_snip").meta
+    assert measured["primary_metrics"] == ["proxy_snip"]
+    assert ready(study=ablate_pc_darts.STUDY).meta["primary_metrics"] == list(ablate_pc_darts.STUDY.primary)
 
 
 def test_only_what_has_not_ended_is_resumed(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:

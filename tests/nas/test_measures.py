@@ -265,6 +265,8 @@ def test_a_measure_gives_its_columns_and_its_seconds() -> None:
     view = view_of()
     assert set(measured(("alphas", "snip"), view, every=True, last=False)) == set(columns_of(("alphas",)))
     assert measured(("hessian",), view, every=True, last=False) == {}, "only after a stage's last epoch"
+    assert measured(("alignment",), view, every=False, last=False) == {}, "not due"
+    assert set(measured(("alignment",), view, every=False, last=True)) == set(columns_of(("alignment",)))
 
 
 # In a trial
@@ -379,6 +381,21 @@ def test_what_is_off_is_no_part_of_the_name_of_a_trial() -> None:
     assert hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest().startswith(TRIAL.id)
     stopping = replace(TRIAL, method=replace(TRIAL.method, stop=EigenvalueStop()))
     assert len({TRIAL.id, stopping.id, replace(TRIAL, measure=("snip",)).id}) == 3
+
+
+def test_what_runs_the_supernet_is_measured_every_few_epochs_and_after_the_last() -> None:
+    trial = override(replace(TRIAL, measure=("alphas", "alignment"), measure_every=2), {"search.*.epochs": 4})
+    rows, result = finished(trial)
+    search = [row.metrics for row in rows if row.stage == "search"]
+    assert ["alignment" in metrics for metrics in search] == [True, False, True, True]
+    assert all("alpha_entropy_max" in metrics for metrics in search), "what costs nothing is always there"
+    assert result["search_alignment"] == search[-1]["alignment"]
+    every, _ = finished(replace(trial, measure_every=1))
+    for row, other in zip(rows, every, strict=True):
+        assert lasting(row.metrics).items() <= lasting(other.metrics).items(), "a cadence changes no value"
+    assert replace(trial, measure_every=1).id != trial.id
+    with pytest.raises(ValueError, match="measure_every=0 must be at least 1"):
+        replace(trial, measure_every=0)
 
 
 # Stopping early
