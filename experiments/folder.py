@@ -85,6 +85,12 @@ def resumed(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     for name, (then, here) in told.items():
         if then != here:
             print(f"note: the study began with {name} {then}, this has {here}: the last bits may differ")
+    declared, named = (each.get("primary_metrics") or [] for each in (held, now))
+    if declared != named:
+        print(
+            f"note: primary metrics are those declared at the start ({', '.join(declared) or 'none'}), not "
+            f"{', '.join(named) or 'none'}: what is declared once there may be results is exploratory"
+        )
     if held["scheduler"] in ("hyperband", "pbt"):
         print(f"note: {held['scheduler']} compares trials of one run, so it may decide otherwise now")
     return held
