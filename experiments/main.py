@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -413,7 +414,7 @@ def run(job: Job, left: Work, lock: ExitStack) -> None:
         tracker.close()
         raise
     except BaseException:
-        _end(folder, tracker)
+        _end(folder, tracker, page=False)  # an interrupted study keeps nobody waiting
         raise
     _end(folder, tracker)
     for name in ("checkpoints", "tune"):
@@ -424,14 +425,14 @@ def run(job: Job, left: Work, lock: ExitStack) -> None:
         raise SystemExit(1)
 
 
-def _end(folder: Path, tracker: Tracker) -> None:
-    """Tables, figures and claims of what there is, for the tracker as well."""
+def _end(folder: Path, tracker: Tracker, *, page: bool = True) -> None:
+    """Tables, figures and claims of what there is, for the tracker as well, which is closed whatever fails."""
+    artifacts: list[Path] = []
+    text = ""
     try:
-        artifacts, text = conclude(folder)
-    except PausedError:
-        tracker.close()
-        raise
-    tracker.close(artifacts, text)
+        artifacts, text = conclude(folder, page=page)
+    finally:
+        tracker.close(artifacts, text)
 
 
 def _retrain(job: Job, place: "tune.Place", recorder: Recorder) -> None:
@@ -604,6 +605,16 @@ def _joint_trials(study: Study, options: argparse.Namespace) -> int:
     return int(options.trials if options.trials is not None else default)
 
 
+def _counts(study: Study, options: argparse.Namespace, planned: Sequence[Planned]) -> dict[str, int]:
+    """Trials by arm that are to run: what a report counts those against that never started.
+
+    Where genotypes are retrained apart these are the searches, however often what they find is retrained.
+    """
+    trials = searches(planned) if options.retrain_seeds else planned
+    counts = Counter({p.trial.id: p.arm for p in trials}.values())
+    return ({"searched": _joint_trials(study, options)} if study.joint else {}) | counts
+
+
 def _describe(
     study: Study,
     options: argparse.Namespace,
@@ -630,6 +641,7 @@ def _describe(
         "reference": study.reference,
         "baseline": "random" if study.baseline else None,
         "arms": arms,
+        "planned": _counts(study, options, planned),
         "joint": bool(study.joint),
         "scheduler": options.scheduler,
         "stopping": asdict(_stopping(options)),

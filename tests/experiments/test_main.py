@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import records
+from analysis import records, report
 from experiments import (
     ablate_pc_darts,
     conclusion,
@@ -41,6 +41,7 @@ from nas.published import PUBLISHED
 GENOTYPE = str(PUBLISHED["PC_DARTS_cifar"])
 TINY = ("--preset", "tiny", "--seeds", "1")
 CONCLUDE = command.conclude
+REPORT = conclusion._report
 
 
 @pytest.fixture(autouse=True)
@@ -419,6 +420,25 @@ def test_a_study_describes_itself(tmp_path: Path) -> None:
     assert held["provenance"]["data_sha256"] == job.arrays.sha256
 
 
+def test_a_study_says_at_its_start_how_many_trials_each_arm_has(tmp_path: Path) -> None:
+    arms = ("K=1", "K=2", "K=4", "K=8", "random")
+    assert ready("--seeds", "3").meta["planned"] == dict.fromkeys(arms, 3)
+    # Retrained apart, a trial is a search, however often what it finds is retrained.
+    assert ready("--seeds", "3", "--retrain-seeds", "2").meta["planned"] == dict.fromkeys(arms, 3)
+    joint = ready("--seeds", "2", "--trials", "7", study=sweep_joint.STUDY)
+    assert joint.meta["planned"] == {"searched": 7, "random": 2}
+
+
+def test_what_was_declared_at_the_start_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = begun(tmp_path / "held", "--primary", "params_m")
+    again = ready("--out", "held", "--resume", "--primary", "params_m")
+    assert capsys.readouterr().out == ""
+    again = ready("--out", "held", "--resume", "--primary", "skips", "madds_m")
+    assert again.meta["primary_metrics"] == first.meta["primary_metrics"] == ["params_m"]
+    said = capsys.readouterr().out
+    assert "note: primary metrics are those declared at the start (params_m), not skips, madds_m" in said
+
+
 def test_a_joint_search_has_an_arm_of_its_own(tmp_path: Path) -> None:
     begun(tmp_path / "held", study=sweep_joint.STUDY)
     held = records.read_study(tmp_path / "held")
@@ -605,9 +625,11 @@ class Stage:
     uris: list[str] = field(default_factory=list)
     tracked: list[dict[str, Any]] = field(default_factory=list)
     closed: list[tuple[Sequence[Path], str]] = field(default_factory=list)
+    pages: list[bool] = field(default_factory=list)
     machine: Machine = field(default_factory=lambda: Machine((Node(2, 0, 14 * 1024, 20 * 1024),)))
 
-    def conclude(self, folder: Path) -> tuple[list[Path], str]:
+    def conclude(self, folder: Path, *, page: bool) -> tuple[list[Path], str]:
+        self.pages.append(page)
         return [], f"claims of {len(list((folder / 'trials').glob('*.jsonl')))} trials"
 
     def run_planned(
@@ -827,6 +849,74 @@ def test_ctrl_c_tells_how_to_go_on_and_keeps_what_there_is(
     stage.stop_after = None
     main(sweep_edge_norm.STUDY, [*TINY, "--out", "study", "--resume"])
     assert len(stage.planned) == 3
+    assert stage.pages == [False, True]  # nobody waits for a report that was not asked for
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_ctrl_c_tells_how_the_report_is_written(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "conclude", CONCLUDE)
+    monkeypatch.setattr(conclusion, "_report", lambda folder: pytest.fail("it was written"))
+    stage.stop_after = 1
+    with pytest.raises(SystemExit, match="130"):
+        main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    assert "python -m analysis report study --out study/report" in capsys.readouterr().out
+    assert "study/summary.md" in map(str, stage.closed[0][0])
+
+
+@pytest.fixture
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conclusion, "_draw", lambda folder, tables: [])
+
+
+@pytest.mark.usefixtures("_no_figures")
+@pytest.mark.parametrize("error", [KeyError("gone"), ZeroDivisionError("by 0"), ValueError("mixed")])
+def test_a_report_that_fails_costs_a_study_nothing_else(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(*_: object) -> list[Path]:
+        raise error
+
+    monkeypatch.setattr(command, "conclude", CONCLUDE)
+    monkeypatch.setattr(conclusion, "_report", REPORT)
+    monkeypatch.setattr(report, "write", fail)
+    main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    said = capsys.readouterr().out
+    assert "3 of 3 trials finished with a test error" in said
+    assert f"no report: {type(error).__name__}: {error} (test_main.py, line " in said
+    ((artifacts, text),) = stage.closed
+    assert Path("study/summary.md") in artifacts
+    assert text in Path("study/summary.md").read_text()
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_a_report_without_room_pauses_the_study_and_closes_its_tracker(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> list[Path]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "conclude", CONCLUDE)
+    monkeypatch.setattr(conclusion, "_report", REPORT)
+    monkeypatch.setattr(report, "write", full)
+    with pytest.raises(SystemExit, match="3"):
+        main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    assert "paused: " in capsys.readouterr().err
+    assert Path("study/summary.md").stat().st_size > 0
+    assert stage.closed == [([], "")]
+
+
+def test_the_tracker_is_closed_whatever_the_conclusion_raises(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, *, page: bool) -> tuple[list[Path], str]:
+        raise RuntimeError("a broken table")
+
+    monkeypatch.setattr(command, "conclude", fail)
+    with pytest.raises(RuntimeError, match="a broken table"):
+        main(sweep_edge_norm.STUDY, [*TINY, "--out", "study"])
+    assert stage.closed == [([], "")]
 
 
 def test_a_study_that_recorded_nothing_ends_without_claims(
