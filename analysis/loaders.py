@@ -26,12 +26,6 @@ from analysis.records import Tables
 from analysis.summary import by_search
 from nas.genotype import Genotype
 
-PROTOCOL = ("config.retrain.", "config.data.")
-"""Prefixes of the columns that say how a final error was measured."""
-
-_NOT_PROTOCOL = ("workers", "download", "root", "stream", "compile", "checkpoint_cells")
-"""Last parts of such columns that cannot change a result."""
-
 # Names of end metrics that are results of retraining, and columns that describe a trial.
 _RESULTS = ("test_", "valid_", "train_", "retrain_", "best_")
 _NOT_METRICS = {"attempts", "completion_probability", "marks", "audit", "search_id", "retraining_id"}
@@ -92,15 +86,26 @@ def load(path: Path, *, study: str | None = None, sha256: str | None = None) -> 
     Args:
         path: what to read; learning curves are a folder with one `.npy` and one list of genotypes.
         study: id or name of the study, where an MLflow store holds several.
-        sha256: of the file, refused if it differs; own tables carry theirs.
+        sha256: of the file, refused if it differs.
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: it is none of these, its hash is another, or its content is not as it should be.
+        ValueError: it is none of these, its hash is another, its content is not as it should be, or `study`
+            or `sha256` does not apply to it.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a study folder or a file of ground truth")
+    is_store = path.suffix in (".db", ".sqlite", ".sqlite3")
+    if study is not None and not is_store:
+        raise ValueError(
+            f"--study {study} chooses from an MLflow store (.db), which {path} is not; leave it out"
+        )
     if path.is_dir() and (path / "study.json").is_file():
+        if sha256 is not None:
+            raise ValueError(
+                f"--sha256 is of one file, and {path} is a folder; leave it out: tables are checked against "
+                "the hashes in tables/manifest.json, which a report names under sources"
+            )
         return from_study(path)
     if path.is_dir():
         arrays = sorted(path.glob("*.npy"))
@@ -110,9 +115,9 @@ def load(path: Path, *, study: str | None = None, sha256: str | None = None) -> 
                 "one array of learning curves and one list of genotypes"
             )
         return from_curves(arrays[0], sha256=sha256)
+    if is_store:
+        return from_mlflow(path, study, sha256=sha256)
     readers = {".json": from_nas_bench_macro, ".npy": from_curves}
-    if path.suffix in (".db", ".sqlite", ".sqlite3"):
-        return from_mlflow(path, study)
     if path.suffix not in readers:
         raise ValueError(
             f"{path}: nothing known ends in {path.suffix!r}; give a study folder, an MLflow store (.db), "
@@ -125,30 +130,32 @@ def load(path: Path, *, study: str | None = None, sha256: str | None = None) -> 
 
 
 def from_study(folder: Path) -> Sample:
-    """Sample of a study folder; its tables are built from the records if it has none yet."""
-    if not (folder / "tables" / "manifest.json").is_file() and any((folder / "trials").glob("*.jsonl")):
-        records.export(folder)
+    """Sample of a study folder; its tables are built from the records where they are not those of now.
+
+    Raises:
+        FileNotFoundError: no trial has been recorded.
+        ValueError: records or tables are not as they should be, or the tables are old and cannot be replaced.
+    """
+    if records.stale(folder):
+        try:
+            records.export(folder)
+        except OSError as error:
+            raise ValueError(
+                f"{folder} has records that its tables were not built from, and its tables cannot be written "
+                f"({error}); copy the folder to where you may write, and give the copy"
+            ) from error
     tables = records.read_tables(folder)
-    manifest = json.loads((folder / "tables" / "manifest.json").read_text())
-    sources = {f"tables/{name}.parquet": digest for name, digest in sorted(manifest["sha256"].items())}
+    digests = records.read_manifest(folder)["sha256"]
+    sources = {f"tables/{name}.parquet": digests[name] for name in sorted(records.COLUMNS)}
     sources["study.json"] = _digest(folder / "study.json")
     drawings = tuple(sorted((folder / "figures" / "cells").glob("*.svg")))
     return replace(of_tables(tables, sources), drawings=drawings)
 
 
 def of_tables(tables: Tables, sources: Mapping[str, str]) -> Sample:
-    """Sample of the tables of a study.
-
-    Raises:
-        ValueError: a column that every study has is missing.
-    """
-    wanted = {"trial_id", "arm", "status", "test_error", "genotype_key", "attempts"}
-    if missing := wanted - set(tables.trials.columns):
-        raise ValueError(
-            f"the trials table lacks the column {', '.join(sorted(missing))}; export the study again"
-        )
+    """Sample of the tables of a study."""
     n_rows = len(tables.trials)
-    protocols = differing(tables.trials[tables.trials["status"] != "pending"])
+    protocols = differing(tables.finals())
     finals = _finals(tables)
     tables = by_search(tables)
     retrained = finals.groupby("trial_id").size().max() if len(finals) else 0
@@ -169,10 +176,8 @@ def _finals(tables: Tables) -> pd.DataFrame:
     """Every final training of a study, under the row that `by_search` keeps of its search."""
     used = tables.finals()
     seeds = used["retrain_seed"] if "retrain_seed" in used else pd.Series(0, index=used.index)
-    rows = used["trial_id"]
-    if "search_id" in used:
-        kept = by_search(tables).trials.set_index("search_id")["trial_id"]
-        rows = used["search_id"].map(kept.to_dict())
+    kept = by_search(tables).trials.set_index("search_id")["trial_id"]
+    rows = used["search_id"].map(kept.to_dict())
     found = pd.DataFrame({"trial_id": rows, "retrain_seed": seeds, "test_error": used["test_error"]})
     return found.reset_index(drop=True)
 
@@ -215,13 +220,7 @@ def search_metrics(tables: Tables) -> pd.DataFrame:
 
 def differing(trials: pd.DataFrame) -> dict[str, list[str]] | None:
     """Columns of the protocol in which rows differ, with the values; None if all were measured alike."""
-    columns = [
-        name
-        for name in trials.columns
-        if name.startswith(PROTOCOL) and name.rpartition(".")[2] not in _NOT_PROTOCOL
-    ]
-    if "split_seed" in trials:
-        columns.append("split_seed")
+    columns = [name for name in map(str, trials.columns) if records.is_protocol(name)]
     found = {name: sorted(map(str, trials[name].unique())) for name in columns}
     return {name: values for name, values in found.items() if len(values) > 1} or None
 
@@ -229,19 +228,30 @@ def differing(trials: pd.DataFrame) -> dict[str, list[str]] | None:
 # MLflow
 
 
-def from_mlflow(path: Path, study: str | None = None) -> Sample:
+def from_mlflow(path: Path, study: str | None = None, *, sha256: str | None = None) -> Sample:
     """Sample of a study in an MLflow store on SQLite, read by plain SQL and without writing to it.
 
+    It is that of the study's folder, but for what the store does not have: genotypes of single epochs, their
+    metrics that were null, drawings. Of an epoch that was run again it has the first seconds, not the last.
+
     Raises:
-        ValueError: it is no such store, holds no study, or several and `study` names none of them.
+        ValueError: it is no such store, has another hash, holds no study, or several and `study` names none
+            of them; or it was filled by an earlier version.
     """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _check_hash(path, digest, sha256)
     with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
         try:
-            parent, about = _mlflow_study(store, path, study)
-            tables = _mlflow_tables(store, parent, about)
+            parent, tags = _mlflow_study(store, path, study)
+            about = _record(tags, "study", path)
+            rows = _mlflow_rows(store, path, parent)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} is not an MLflow store: {error}") from error
-    return of_tables(tables, {})
+    records.check_study(about, path)
+    if not rows:
+        raise ValueError(f"{path}: study {about['study_id']} has no trial in this store; {_SYNC}")
+    return of_tables(records.tables_of(about, rows), {path.name: digest})
 
 
 def _mlflow_study(store: sqlite3.Connection, path: Path, study: str | None) -> tuple[str, dict[str, str]]:
@@ -270,110 +280,85 @@ def _mlflow_study(store: sqlite3.Connection, path: Path, study: str | None) -> t
     return next(iter(wanted.items()))
 
 
-def _mlflow_tables(store: sqlite3.Connection, parent: str, about: Mapping[str, str]) -> Tables:
+def _mlflow_rows(store: sqlite3.Connection, path: Path, parent: str) -> dict[Path, list[records.Row]]:
+    """Rows of all trials of a study, as their files have them, without what the store was not told."""
     children = (
         "SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = ? AND run_uuid IN "
         "(SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active')"
     )
-    runs: dict[str, dict[str, Any]] = {
-        run: {"name": name, "started": started, "ended": ended}
-        for run, name, started, ended in store.execute(
-            f"SELECT run_uuid, name, start_time, end_time FROM runs WHERE run_uuid IN ({children})", (parent,)
-        )
-    }
-    tags: dict[str, dict[str, str]] = {run: {} for run in runs}
+    tags: dict[str, dict[str, str]] = {}
     for run, key, value in store.execute(
         f"SELECT run_uuid, key, value FROM tags WHERE run_uuid IN ({children})", (parent,)
     ):
-        tags[run][key] = value
-    config: dict[str, dict[str, Any]] = {run: {} for run in runs}
-    for run, key, value in store.execute(
-        f"SELECT run_uuid, key, value FROM params WHERE run_uuid IN ({children})", (parent,)
-    ):
-        config[run][key] = _literal(value)
-    curves: list[tuple[str, str, int, str, float]] = []
-    ends: dict[str, dict[str, float]] = {run: {} for run in runs}
-    for run, key, step, value, is_nan in store.execute(
-        "SELECT run_uuid, key, step, value, is_nan FROM metrics "
-        f"WHERE run_uuid IN ({children}) ORDER BY run_uuid, key, step, timestamp",
+        tags.setdefault(run, {})[key] = value
+    epochs: dict[str, dict[tuple[str, int], records.Row]] = {run: {} for run in tags}
+    for run, key, step, timestamp, value in store.execute(
+        "SELECT run_uuid, key, step, timestamp, value FROM metrics "
+        "WHERE (key LIKE 'search/%' OR key LIKE 'retrain/%') AND is_nan = 0 "
+        f"AND run_uuid IN ({children}) ORDER BY timestamp",
         (parent,),
     ):
-        group, _, name = key.partition("/")
-        number = math.nan if is_nan else float(value)
-        if group == "final":
-            ends[run][name] = number
-        elif group in ("search", "retrain"):
-            curves.append((tags[run]["trial_id"], group, int(step), name, number))
+        stage, _, name = key.partition("/")
+        row = epochs[run].setdefault((stage, step), {"metrics": {}})
+        row["time"], row["metrics"][name] = (
+            timestamp / 1000,
+            value,
+        )  # of an epoch that was run again, the last
+    found: dict[Path, list[records.Row]] = {}
+    for run, told in tags.items():
+        if told.get("kind") != "trial" or "status" not in told:
+            continue  # not a trial, or one of which nothing has been said yet
+        start = _record(told, "start", path)
+        place = path / str(start["trial"])
+        if place in found:
+            raise ValueError(f"{path} holds two runs of trial {place.name}; a sync of its study removes one")
+        found[place] = _mlflow_trial(told, start, epochs[run], path)
+    return dict(sorted(found.items()))
+
+
+def _mlflow_trial(
+    tags: Mapping[str, str],
+    start: records.Row,
+    epochs: Mapping[tuple[str, int], records.Row],
+    path: Path,
+) -> list[records.Row]:
+    """Rows of one trial."""
+    common = {"trial": start["trial"], "attempt": None}
     rows = []
-    for run, head in runs.items():
-        tag = tags[run]
-        status = tag.get("status", "pending")
-        row: dict[str, Any] = {
-            "study_id": about.get("study_id"),
-            "trial_id": tag["trial_id"],
-            "arm": tag.get("arm"),
-            "name": head["name"],
-            "status": "pending" if status == "running" else status,
-            "reason": tag.get("reason"),
-            "attempts": 1,
-            "started": pd.to_datetime(head["started"], unit="ms", utc=True),
-            "ended": pd.to_datetime(head["ended"], unit="ms", utc=True),
-            "genotype": tag.get("genotype"),
-            "genotype_key": tag.get("genotype_key"),
-        }
-        row |= {
-            f"{key.removeprefix('seeds.')}_seed": v
-            for key, v in config[run].items()
-            if key.startswith("seeds.")
-        }
-        row |= {name: ends[run].get(name, math.nan) for name in records.END_METRICS} | ends[run]
-        row |= {f"config.{key}": value for key, value in config[run].items() if "." in key}
-        rows.append(row)
-    arms = _literal(about.get("arms", "[]"))
-    study: dict[str, Any] = dict.fromkeys(("axis", "reference", "baseline")) | {
-        key: about.get(key, "") for key in ("study_id", "name", "question")
-    }
-    study |= {
-        key: about[key]
-        for key in ("axis", "reference", "baseline", "command", "scheduler", "preset")
-        if key in about
-    }
-    study |= {"schema": records.SCHEMA, "arms": arms if isinstance(arms, list) else []}
-    study["joint"] = about.get("joint") == "True"
-    origin = (
-        "git_commit",
-        "git_dirty",
-        "python",
-        "platform",
-        "cpu",
-        "gpus",
-        "data_name",
-        "data_sha256",
-        "config_hash",
-    )
-    packages = {key[9:]: value for key, value in about.items() if key.startswith("packages.")}
-    study["provenance"] = {key: about.get(key) for key in origin} | {"packages": packages}
-    order = {arm: index for index, arm in enumerate([*study["arms"], study["baseline"]])}
-    rows.sort(key=lambda row: (order.get(row["arm"], len(order)), row["trial_id"]))
-    trials = pd.DataFrame(rows)
-    # A retried epoch comes twice; the rows are in order of time, and the last one counts.
-    epochs = pd.DataFrame(curves, columns=["trial_id", "stage", "epoch", "key", "value"])
-    epochs = epochs.drop_duplicates(["trial_id", "stage", "epoch", "key"], keep="last").reset_index(drop=True)
-    if trials.empty:
-        raise ValueError(f"study {study['study_id']} has no trial in this store; send them with a sync")
-    genotypes = pd.DataFrame(columns=["trial_id", "stage", "epoch", "genotype", "key"])
-    return Tables(study, trials, epochs, genotypes)
+    for line in tags.get("attempts", "").splitlines():
+        attempt, _, time = line.partition(" ")
+        rows.append(start | {"attempt": attempt, "time": float(time)})
+    for (stage, epoch), row in epochs.items():
+        unknown = {"part": None, "genotype": None}
+        rows.append(common | {"kind": "epoch", "stage": stage, "epoch": epoch} | unknown | row)
+    marks = [name for name in sorted(tags) if name.startswith("record.mark.") and "/" not in name]
+    rows += [_record(tags, name.removeprefix("record."), path) for name in marks]
+    for line in tags.get("notes", "").splitlines():
+        text = line.rpartition(" (")[0] or line  # the time follows in brackets
+        rows.append(common | {"kind": "note", "time": start["time"], "text": text})
+    return rows + ([_record(tags, "end", path)] if "record.end" in tags else [])
 
 
-def _literal(text: str) -> Any:
-    """Value of a parameter as MLflow holds it: text of Python or JSON values."""
-    plain: dict[str, Any] = {"None": None, "True": True, "False": False}
-    if text in plain:
-        return plain[text]
+_SYNC = "send it again: python -m experiments.tracking sync DIR --tracking-uri URI"
+
+
+def _record(tags: Mapping[str, str], name: str, path: Path) -> dict[str, Any]:
+    """What a run's tags `record.NAME`, `record.NAME/1` and so on hold, as JSON in parts.
+
+    Raises:
+        ValueError: it has none, or not a whole one.
+    """
+    text, number = tags.get(f"record.{name}", ""), 1
+    while (more := tags.get(f"record.{name}/{number}")) is not None:
+        text, number = text + more, number + 1
+    what = f"the {name} of trial {tags['trial_id']}" if "trial_id" in tags else "study.json"
+    if not text:
+        raise ValueError(f"{path} has no record of {what}: an earlier version filled it; {_SYNC}")
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        value, _ = json.JSONDecoder().raw_decode(text)  # what follows is left of a longer one
+    except ValueError as error:
+        raise ValueError(f"{path}: the record of {what} is torn: {error}; {_SYNC}") from error
+    return dict(value)
 
 
 # Ground truth
@@ -470,6 +455,13 @@ def _check_macro(entries: object, path: Path) -> None:
             or not all(isinstance(value, int | float) and 0 <= value <= 100 for value in accuracies)
         ):
             raise ValueError(f"{path}: test_acc of {key} is not three percentages: {accuracies!r}")
+        for name in ("params", "flops"):
+            value = entry[name]
+            # NaN is neither above 0 nor below infinity.
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(
+                    f"{path}: {name} of {key} is {value!r}, and must be a number above 0; restore the file"
+                )
 
 
 def canonical_macro(key: str) -> str:
@@ -599,7 +591,8 @@ def _ground_tables(
     }
     trials = trials.assign(**dict.fromkeys(("started", "ended"), pd.Series(pd.NaT, index=trials.index)))
     empty = pd.DataFrame(columns=["trial_id", "stage", "epoch", "key", "value"])
-    genotypes = pd.DataFrame(columns=["trial_id", "stage", "epoch", "genotype", "key"])
+    known = trials.dropna(subset=["genotype"])
+    genotypes = records.final_genotypes(dict(zip(known["trial_id"], known["genotype"], strict=True)))
     return Tables(study, trials, empty if epochs is None else epochs, genotypes)
 
 
@@ -675,10 +668,13 @@ def _genotypes(path: Path) -> tuple[list[Genotype], list[float]]:
 
 def _read(path: Path, sha256: str | None) -> bytes:
     content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if sha256 is not None and digest != sha256.lower():
-        raise ValueError(f"{path} has sha256 {digest}, not {sha256}; it is not the file that was meant")
+    _check_hash(path, hashlib.sha256(content).hexdigest(), sha256)
     return content
+
+
+def _check_hash(path: Path, digest: str, wanted: str | None) -> None:
+    if wanted is not None and digest != wanted.lower():
+        raise ValueError(f"{path} has sha256 {digest}, not {wanted}; it is not the file that was meant")
 
 
 def _digest(path: Path) -> str:

@@ -48,6 +48,20 @@ END_METRICS = (
 MEASURED = re.compile(r"(^|_)(seconds|time|memory_mb|latency_ms|images_per_second)$")
 """Metrics that a clock or a meter gives: they differ between equal runs."""
 
+COLUMNS = {
+    "trials": (
+        *("trial_id", "search_id", "arm", "name", "status", "reason", "attempts", "started", "ended"),
+        *("completion_probability", "marks", "audit", "genotype", "genotype_key"),
+        *("test_error", "valid_error", "params_m", "madds_m"),
+    ),
+    "epochs": ("trial_id", "stage", "epoch", "key", "value"),
+    "genotypes": ("trial_id", "stage", "epoch", "genotype", "key"),
+}
+"""The tables that are read, and the columns that the analysis cannot do without."""
+
+_PROTOCOL = re.compile(r"config\.(retrain|data)\..*|split_seed|data_sha256")
+_NO_EFFECT = {"workers", "download", "root", "stream", "compile", "checkpoint_cells"}
+
 Row = dict[str, Any]
 
 _TAIL = 2**16
@@ -110,6 +124,11 @@ class Tables:
 def is_measured(metric: str) -> bool:
     """Whether a metric is of the machine rather than of the trial: it never comes out the same twice."""
     return MEASURED.search(metric) is not None
+
+
+def is_protocol(column: str) -> bool:
+    """Whether a column says how a final error was measured: a setting that cannot change it is left out."""
+    return _PROTOCOL.fullmatch(column) is not None and column.rpartition(".")[2] not in _NO_EFFECT
 
 
 # Rows
@@ -185,6 +204,16 @@ def read_study(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not a JSON object: {error}; restore it from a copy of the study"
         ) from error
+    check_study(study, path)
+    return study
+
+
+def check_study(study: Mapping[str, Any], path: Path) -> None:
+    """Refuse what `study.json`, or a copy of it elsewhere, cannot be; `path` is where it was read.
+
+    Raises:
+        ValueError: it is of another schema version, or a field is missing or of the wrong form.
+    """
     if study.get("schema") != SCHEMA:
         found = study.get("schema")
         raise ValueError(
@@ -206,7 +235,6 @@ def read_study(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: reference={study['reference']!r} is not an arm; use one of {', '.join(arms)}, or null"
         )
-    return study
 
 
 def _parse(text: bytes) -> Row:
@@ -281,7 +309,7 @@ class _Trial:
         return cls(
             start=starts[-1],
             started=starts[0]["time"],
-            attempts=len({row["attempt"] for row in rows}),
+            attempts=len({row["attempt"] for row in rows} - {None}),
             epochs=list(
                 {(row["stage"], row["epoch"]): row for row in rows if row["kind"] == "epoch"}.values()
             ),
@@ -389,15 +417,20 @@ def _check_mark(row: Row, where: str) -> None:
         raise ValueError(f"{where}: a trial of the audit subset is not stopped; correct audit or goes_on")
 
 
-def _read_trials(folder: Path, study: Mapping[str, Any]) -> list[_Trial]:
-    trials = []
+def _read_all(folder: Path) -> dict[Path, list[Row]]:
+    """Rows of all trials, by file; a file without any is left out, with a warning."""
+    found = {}
     for path in sorted((folder / "trials").glob("*.jsonl")):
-        rows = read_rows(path)
-        if rows:
-            trials.append(_Trial.from_rows(rows, path))
+        if rows := read_rows(path):
+            found[path] = rows
         else:
             warnings.warn(f"{path} holds no record: a crash before its first one; left out", stacklevel=3)
-    trials = _joined(trials)
+    return found
+
+
+def _trials(study: Mapping[str, Any], rows: Mapping[Path, Sequence[Row]]) -> list[_Trial]:
+    """Trials in the order of their arms."""
+    trials = _joined([_Trial.from_rows(of_trial, path) for path, of_trial in rows.items()])
     order = {
         arm: index for index, arm in enumerate(_arm_order(study, (trial.start["arm"] for trial in trials)))
     }
@@ -451,18 +484,14 @@ def export(folder: Path) -> dict[str, Path]:
     A trial started again after an end other than `completed` is pending.
 
     Returns:
-        The files by name: `trials`, `epochs`, `genotypes` and `manifest`.
+        The files by name: `trials`, `epochs`, `genotypes`, `finals`, `protocols` and `manifest`.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_study` and `read_rows`; or a record is not as it should be.
     """
     study = read_study(folder)
-    trials = _read_trials(folder, study)
-    tables = {
-        "trials": _trials_table(study, trials),
-        "epochs": _epochs_table(trials),
-        "genotypes": _genotypes_table(trials),
-    }
+    sizes = _sizes(folder)  # before they are read: what a running study adds meanwhile makes the tables stale
+    tables = _tables(study, _read_all(folder))
     manifest: dict[str, Any] = {"schema": SCHEMA, "study_id": study["study_id"], "rows": {}, "sha256": {}}
     paths = {name: folder / "tables" / f"{name}.parquet" for name in tables}
     for name, table in tables.items():
@@ -470,36 +499,116 @@ def export(folder: Path) -> dict[str, Path]:
         _replace(paths[name], content)
         manifest["rows"][name] = table.num_rows
         manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
+    manifest["records"] = sizes
     paths["manifest"] = folder / "tables" / "manifest.json"
     _replace(paths["manifest"], json.dumps(manifest, indent=2).encode() + b"\n")
     return paths
+
+
+def tables_of(study: Mapping[str, Any], rows: Mapping[Path, Sequence[Row]]) -> Tables:
+    """The tables that `export` would write of the rows of trials, by paths that end in their ids.
+
+    Rows of other places than files may have null for what is not known there: `attempt` or `part`.
+    """
+    tables = _tables(study, rows)
+    return Tables(dict(study), *(_frame(tables[name]) for name in COLUMNS))
+
+
+def _tables(study: Mapping[str, Any], rows: Mapping[Path, Sequence[Row]]) -> dict[str, pa.Table]:
+    trials = _trials(study, rows)
+    return {
+        "trials": _trials_table(study, trials),
+        "epochs": _epochs_table(trials),
+        "genotypes": _genotypes_table(trials),
+        "finals": _finals_table(study, trials),
+        "protocols": _protocols_table(study, trials),
+    }
+
+
+def stale(folder: Path) -> bool:
+    """Whether a study has records that its tables were not built from; tables without records never are.
+
+    Raises:
+        ValueError: as in `read_manifest`.
+    """
+    sizes = _sizes(folder)
+    if not sizes or not (folder / "tables" / "manifest.json").is_file():
+        return bool(sizes)
+    return bool(read_manifest(folder).get("records") != sizes)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every trial's file, which records only ever grow."""
+    return {path.name: path.stat().st_size for path in sorted((folder / "trials").glob("*.jsonl"))}
 
 
 def read_tables(folder: Path) -> Tables:
     """The exported tables of a study.
 
     Raises:
-        FileNotFoundError: the study has no tables yet.
-        ValueError: the tables are of another schema version, or not those that the manifest describes.
+        FileNotFoundError: the study has no tables yet, or one is missing.
+        ValueError: the tables are of another schema version or study, not those that the manifest describes,
+            or lack a column of `COLUMNS`.
     """
     study = read_study(folder)
-    path = folder / "tables" / "manifest.json"
+    manifest, again = read_manifest(folder), _again(folder)
+    if manifest["study_id"] != study["study_id"]:
+        raise ValueError(
+            f"{folder / 'tables' / 'manifest.json'} is of study {manifest['study_id']}, and study.json of "
+            f"{study['study_id']}: tables of another study lie here; {again}"
+        )
+    frames = []
+    for name, columns in COLUMNS.items():
+        path = folder / "tables" / f"{name}.parquet"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; {again}")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
+            raise ValueError(f"{path} is not the file its manifest describes; {again}")
+        try:
+            table = pq.read_table(pa.BufferReader(content))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a Parquet table: {error}; {again}") from error
+        if missing := [column for column in columns if column not in table.column_names]:
+            raise ValueError(f"{path} lacks the column {', '.join(missing)}; {again}")
+        frames.append(_frame(table))
+    return Tables(study, *frames)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the tables of a study are: `study_id`, and by name their `rows` and `sha256`.
+
+    `records` are the bytes of the trials' files that they were built from, by name.
+
+    Raises:
+        FileNotFoundError: the study has no tables yet.
+        ValueError: it is not JSON, of another schema version, or does not describe every table of `COLUMNS`.
+    """
+    path, again = folder / "tables" / "manifest.json", _again(folder)
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no tables yet; build them with export(folder)")
-    manifest = _parse(path.read_bytes())
+        raise FileNotFoundError(
+            f"{folder} has no tables yet; `python -m analysis report {folder} --out DIR` builds them, once a "
+            "trial has begun"
+        )
+    try:
+        manifest = _parse(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON object: {error}; {again}") from error
     if manifest.get("schema") != SCHEMA:
         raise ValueError(
-            f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; export again"
+            f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; {again}"
         )
-    frames = {}
-    for name, digest in manifest["sha256"].items():
-        content = path.with_name(f"{name}.parquet").read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(
-                f"{path.with_name(name)}.parquet is not the file its manifest describes; export again"
-            )
-        frames[name] = _frame(pq.read_table(pa.BufferReader(content)))
-    return Tables(study, frames["trials"], frames["epochs"], frames["genotypes"])
+    missing = {"study_id", "sha256"} - manifest.keys() or COLUMNS.keys() - set(manifest["sha256"])
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; {again}")
+    return manifest
+
+
+def _again(folder: Path) -> str:
+    """The way out of tables that cannot be used."""
+    if not _sizes(folder):
+        return f"restore {folder / 'tables'} from a copy, or the records in trials/ that it is built from"
+    return f"remove {folder / 'tables'}: `python -m analysis report {folder} --out DIR` builds it anew"
 
 
 def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Table:
@@ -516,6 +625,7 @@ def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
         "trial_id": _strings(trial.id for trial in trials),
         "search_id": _strings(trial.search for trial in trials),
         "retraining_id": _strings(trial.retraining for trial in trials),
+        "protocol_id": _strings(_protocol(study, trial)["protocol_id"] for trial in trials),
         "arm": _strings(trial.start["arm"] for trial in trials),
         "name": _strings(trial.start["name"] for trial in trials),
         **{name: _typed(values) for name, values in axes.items()},
@@ -569,6 +679,14 @@ def _epochs_table(trials: Sequence[_Trial]) -> pa.Table:
     )
 
 
+def final_genotypes(genotypes: Mapping[str, str]) -> pd.DataFrame:
+    """The genotypes table of trials of which no more than what they ended with is known, by trial."""
+    last = {"stage": "final", "epoch": None, "params_m": None, "madds_m": None}
+    return _frame(
+        _genotypes([{"trial_id": trial} | last | _described(text) for trial, text in genotypes.items()])
+    )
+
+
 def _genotypes_table(trials: Sequence[_Trial]) -> pa.Table:
     rows: list[Row] = []
     for trial in sorted(trials, key=lambda trial: trial.id):
@@ -578,11 +696,58 @@ def _genotypes_table(trials: Sequence[_Trial]) -> pa.Table:
                 found = {name: row.get(name) for name in ("stage", "epoch")}
                 prices = {name: row["metrics"].get(name) for name in ("params_m", "madds_m")}
                 rows.append({"trial_id": trial.id} | found | _described(row["genotype"]) | prices)
+    return _genotypes(rows)
+
+
+def _genotypes(rows: Sequence[Row]) -> pa.Table:
     types = dict.fromkeys(("trial_id", "stage", "genotype", "key"), pa.string()) | {"epoch": pa.int64()}
     counts = [f"{name}_{cell}" for name in ("skips", "depth", "width") for cell in ("normal", "reduce")]
     types |= dict.fromkeys(counts, pa.int64()) | dict.fromkeys(("params_m", "madds_m"), pa.float64())
     order = ["trial_id", "stage", "epoch", "genotype", "key", *counts, "params_m", "madds_m"]
     return pa.table({name: pa.array([row[name] for row in rows], types[name]) for name in order})
+
+
+def _finals_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Table:
+    """One row per final training: the test error after its last epoch, and the size of the network."""
+    ends = [
+        (trial, trial.end["metrics"])
+        for trial in trials
+        if trial.end is not None
+        and trial.end["status"] == "completed"
+        and trial.end["metrics"].get("test_error") is not None
+    ]
+    seeds = [_seeds(trial.start["config"]).get("retrain_seed") for trial, _ in ends]
+    return pa.table(
+        {
+            "trial_id": _strings(trial.id for trial, _ in ends),
+            "retrain_seed": _typed(seeds),
+            "protocol_id": _strings(_protocol(study, trial)["protocol_id"] for trial, _ in ends),
+            **{
+                name: _floats(end.get(name) for _, end in ends)
+                for name in ("test_error", "params_m", "madds_m")
+            },
+        }
+    )
+
+
+def _protocols_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Table:
+    """One row per protocol, one column per setting; protocols come by their ids."""
+    found = {row["protocol_id"]: row for row in (_protocol(study, trial) for trial in trials)}
+    columns = _columns("", [found[name] for name in sorted(found)])
+    return pa.table(
+        {"protocol_id": _strings(columns.pop("protocol_id", []))}
+        | {name: _typed(columns[name]) for name in sorted(columns)}
+    )
+
+
+def _protocol(study: Mapping[str, Any], trial: _Trial) -> Row:
+    """How a trial's final error is measured, by column, and its `protocol_id`: 12 hex digits of the rest."""
+    config = trial.start["config"]
+    origin = study.get("provenance") or {}
+    told = dict(_flat(config, "config")) | _seeds(config) | {"data_sha256": origin.get("data_sha256")}
+    settings = {name: value for name, value in told.items() if is_protocol(name)}
+    text = json.dumps(settings, sort_keys=True)
+    return {"protocol_id": hashlib.sha256(text.encode()).hexdigest()[:12]} | settings
 
 
 @lru_cache(maxsize=4096)

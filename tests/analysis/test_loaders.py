@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from analysis import loaders
-from analysis.records import export, read_tables
+from analysis.records import export, read_rows, read_study
+from nas.genotype import Genotype as NasGenotype
 from tests.analysis.conftest import Build, end, epoch, genotype, start, write_rows, write_study, write_trial
 
 MACRO = Path(__file__).parents[3] / "shared" / "data" / "nas-bench-macro" / "nas-bench-macro_cifar10.json"
@@ -92,20 +93,46 @@ def test_rows_of_differing_protocols_are_named(tmp_path: Path) -> None:
     assert loaders.load(folder).protocols == {"config.retrain.epochs": ["3", "5"]}
 
 
-def test_a_table_without_a_column_is_refused(build: Build) -> None:
-    tables = build({"K=4": [0.1]}, reference=None)
-    with pytest.raises(ValueError, match="lacks the column test_error; export the study again"):
-        loaders.of_tables(read_as(tables, tables.trials.drop(columns="test_error")), {})
+def test_a_search_that_was_not_retrained_has_no_protocol_to_differ(tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    for trial, status, epochs in (("a", "completed", 3), ("b", "completed", 3), ("c", "failed", 0)):
+        row = start(trial)
+        row["config"] |= {"retrain": {"epochs": epochs}}
+        write_rows(folder, [row, end(trial, status, 0.1 if epochs else None)])
+    assert loaders.load(folder).protocols is None
 
 
 def test_tables_are_built_where_there_are_none_and_refused_where_they_changed(tmp_path: Path) -> None:
     folder = write_study(tmp_path)
     write_trial(folder, "K=4", 0, 0.1)
     assert len(loaders.load(folder).trials) == 1
+    write_trial(folder, "K=4", 1, 0.1)
+    assert len(loaders.load(folder).trials) == 2  # not what they held before
     path = folder / "tables" / "trials.parquet"
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(ValueError, match="not the file its manifest describes"):
         loaders.load(folder)
+
+
+def test_old_tables_that_cannot_be_replaced_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_study(tmp_path)
+    write_trial(folder, "K=4", 0, 0.1)
+    export(folder)
+    write_trial(folder, "K=4", 1, 0.1)
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("analysis.records.os.replace", refuse)
+    with pytest.raises(ValueError, match=r"cannot be written .*Read-only.*copy the folder"):
+        loaders.load(folder)
+
+
+def test_a_study_without_a_trial_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no tables yet; .*once a trial has begun"):
+        loaders.load(write_study(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -121,45 +148,36 @@ def test_unknown_sources_are_refused(tmp_path: Path, name: str, said: str) -> No
 
 
 def mlflow_store(path: Path, folder: Path) -> None:
-    """The tables of an MLflow store that hold what a sync of the study would have written."""
-    tables = read_tables(folder)
+    """A store with the tables and tags that a sync of the study writes."""
     store = sqlite3.connect(path)
     store.executescript(
-        "CREATE TABLE runs (run_uuid, name, status, start_time, end_time, lifecycle_stage);"
+        "CREATE TABLE runs (run_uuid, lifecycle_stage);"
         "CREATE TABLE tags (key, value, run_uuid);"
-        "CREATE TABLE params (key, value, run_uuid);"
         "CREATE TABLE metrics (key, value, timestamp, run_uuid, step, is_nan);"
     )
 
     def run(name: str, tags: dict[str, Any]) -> None:
-        store.execute("INSERT INTO runs VALUES (?, ?, 'FINISHED', 1, 2, 'active')", (name, name))
-        store.executemany("INSERT INTO tags VALUES (?, ?, ?)", [(k, str(v), name) for k, v in tags.items()])
+        store.execute("INSERT INTO runs VALUES (?, 'active')", (name,))
+        store.executemany("INSERT INTO tags VALUES (?, ?, ?)", [(k, v, name) for k, v in tags.items()])
 
-    study = tables.study
-    run(
-        "parent",
-        {"kind": "study", "arms": json.dumps(study["arms"])}
-        | {k: study[k] for k in ("study_id", "name", "question", "reference", "baseline")},
-    )
-    for row in tables.trials.to_dict("records"):
-        trial = row["trial_id"]
-        tags = {"kind": "trial", "mlflow.parentRunId": "parent", "trial_id": trial, "arm": row["arm"]}
-        run(trial, tags | {"status": row["status"], "genotype_key": row["genotype_key"]})
-        store.execute("INSERT INTO params VALUES ('seeds.search', ?, ?)", (str(row["search_seed"]), trial))
-        for name in ("test_error", "params_m", "skips", "search_seconds", "peak_memory_mb"):
-            if row[name] == row[name]:
-                store.execute(
-                    "INSERT INTO metrics VALUES (?, ?, 0, ?, 0, 0)", (f"final/{name}", row[name], trial)
-                )
-    epochs = tables.epochs.astype({"trial_id": str, "stage": str, "key": str})
-    for one in epochs.to_dict("records"):
-        key = f"{one['stage']}/{one['key']}"
-        # The first attempt at an epoch left another value, which the second one corrects.
-        for time, value in ((0, -1.0), (1, one["value"])):
-            store.execute(
-                "INSERT INTO metrics VALUES (?, ?, ?, ?, ?, 0)",
-                (key, value, time, one["trial_id"], one["epoch"]),
-            )
+    study = read_study(folder)
+    text = json.dumps(study)
+    parts = {"record.study": text[:50], "record.study/1": text[50:], "record.study/2": "left of a longer one"}
+    run("parent", {"kind": "study", "study_id": study["study_id"], "name": study["name"]} | parts)
+    for file in (folder / "trials").iterdir():
+        tags = {"kind": "trial", "mlflow.parentRunId": "parent", "trial_id": file.stem, "status": "running"}
+        for row in read_rows(file):
+            if row["kind"] in ("start", "end"):
+                tags[f"record.{row['kind']}"] = json.dumps(row)
+            if row["kind"] == "start":
+                tags["attempts"] = f"{row['attempt']} {row['time']}"
+            for name, value in row["metrics"].items() if row["kind"] == "epoch" else ():
+                # The first attempt at an epoch left another value, which the second one corrects.
+                for time, each in ((row["time"], value), (row["time"] - 1, -1.0)):
+                    key, step = f"{row['stage']}/{name}", row["epoch"]
+                    told = (key, each, 1000 * time, file.stem, step)
+                    store.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, 0)", told)
+        run(file.stem, tags)
     store.commit()
     store.close()
 
@@ -169,16 +187,49 @@ def test_an_mlflow_store_gives_what_the_tables_give(tmp_path: Path) -> None:
     for seed in range(3):
         write_trial(folder, "K=4", seed, 0.1 + 0.01 * seed)
         write_trial(folder, "random", seed, 0.2, "failed" if seed == 2 else "completed")
-    export(folder)
-    mlflow_store(tmp_path / "mlflow.db", folder)
-    ours, theirs = loaders.load(folder), loaders.load(tmp_path / "mlflow.db")
-    assert theirs.trials["trial_id"].tolist() == ours.trials["trial_id"].tolist()
-    pd.testing.assert_series_equal(theirs.error, ours.error)
-    pd.testing.assert_frame_equal(theirs.metrics, ours.metrics[theirs.metrics.columns])
-    assert theirs.trials["search_seed"].tolist() == ours.trials["search_seed"].tolist()
-    assert theirs.tables.baseline == "random"
+    path = tmp_path / "mlflow.db"
+    mlflow_store(path, folder)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    ours, theirs = loaders.load(folder), loaders.load(path, sha256=digest)
+    assert theirs.sources == {"mlflow.db": digest}
+    pd.testing.assert_frame_equal(theirs.trials, ours.trials)
+    pd.testing.assert_frame_equal(theirs.metrics, ours.metrics)
+    assert theirs.tables.study == ours.tables.study
     with pytest.raises(ValueError, match="holds 0 studies called 'other'; name one by its id: 0123456789ab"):
-        loaders.load(tmp_path / "mlflow.db", study="other")
+        loaders.load(path, study="other")
+    with pytest.raises(ValueError, match="not the file that was meant"):
+        loaders.load(path, sha256="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("DELETE FROM tags WHERE key = 'record.start'", "no record of the start of trial K4-0: an earlier"),
+        (
+            "DELETE FROM tags WHERE key LIKE 'record.study%'",
+            "no record of study.json: an earlier",
+        ),
+        ("DELETE FROM tags WHERE key = 'record.study/1'", "the record of study.json is torn"),
+        (
+            "DELETE FROM tags WHERE run_uuid = 'K4-0'",
+            "study 0123456789ab has no trial in this store; send it",
+        ),
+        (
+            "INSERT INTO runs VALUES ('copy', 'active');"
+            "INSERT INTO tags SELECT key, value, 'copy' FROM tags WHERE run_uuid = 'K4-0'",
+            "holds two runs of trial K4-0",
+        ),
+    ],
+)
+def test_a_store_that_lacks_something_says_what(tmp_path: Path, change: str, said: str) -> None:
+    folder = write_study(tmp_path / "study")
+    write_trial(folder, "K=4", 0, 0.1)
+    mlflow_store(tmp_path / "mlflow.db", folder)
+    store = sqlite3.connect(tmp_path / "mlflow.db")
+    store.executescript(change)
+    store.close()
+    with pytest.raises(ValueError, match=said):
+        loaders.load(tmp_path / "mlflow.db")
 
 
 def test_a_file_that_is_no_mlflow_store_is_refused(tmp_path: Path) -> None:
@@ -205,11 +256,27 @@ def test_keys_of_one_network_are_one_row(tmp_path: Path) -> None:
         ({"k02012001": {"test_acc": [80.0, 81.0, 83.0]}}, "one network with two results"),
         ({"k22222222": {"test_acc": [93.0, 93.0]}}, "not three percentages"),
         ({"k22222222": {"test_acc": [93.0, 93.0, 930.0]}}, "not three percentages"),
+        ({"k22222222": {"params": None}}, "params of 22222222 is None, and must be a number above 0"),
+        ({"k22222222": {"params": "x"}}, "params of 22222222 is 'x'"),
+        ({"k22222222": {"params": -1}}, "params of 22222222 is -1"),
+        ({"k22222222": {"flops": float("nan")}}, "flops of 22222222 is nan"),
+        ({"k22222222": {"flops": float("inf")}}, "flops of 22222222 is inf"),
+        ({"k22222222": {"flops": True}}, "flops of 22222222 is True"),
     ],
 )
 def test_results_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         loaders.load(macro(tmp_path / "m.json", **changes))
+
+
+def test_an_option_that_does_not_apply_is_refused(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study")
+    write_trial(folder, "K=4", 0, 0.1)
+    for path in (folder, macro(tmp_path / "m.json"), curves(tmp_path / "c")):
+        with pytest.raises(ValueError, match=r"--study x chooses from an MLflow store .*; leave it out"):
+            loaders.load(path, study="x")
+    with pytest.raises(ValueError, match=r"--sha256 is of one file, .*tables/manifest\.json"):
+        loaders.load(folder, sha256="0" * 64)
 
 
 def test_another_file_than_the_one_meant_is_refused(tmp_path: Path) -> None:
@@ -251,6 +318,12 @@ def test_curves_have_early_epochs_as_metrics_and_the_last_as_endpoint(tmp_path: 
     assert sample.metrics["error_at_epoch_4"].to_numpy() == pytest.approx(1 - array[:, 3] / 100)
     assert sample.metrics["skips_normal"].tolist() == [0, 1, 2, 3]
     assert len(sample.tables.epochs) == array.size
+    final = sample.tables.genotypes.set_index("trial_id")
+    assert (final["stage"] == "final").all()
+    assert final["key"].to_dict() == sample.trials.set_index("trial_id")["genotype_key"].to_dict()
+    for number in range(4):
+        stored = json.loads(final.loc[f"{number:04d}", "genotype"])
+        assert str(NasGenotype.from_json(stored)) == genotype(number)
 
 
 def test_genotypes_come_from_plain_pickles_only(tmp_path: Path) -> None:

@@ -17,7 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.pruning import association, weighted_tau
-from analysis.records import append_row, export, read_rows, read_study, read_tables
+from analysis.records import (
+    COLUMNS,
+    append_row,
+    export,
+    read_rows,
+    read_study,
+    read_tables,
+    stale,
+    tables_of,
+)
 from analysis.resample import Draws
 from nas.genotype import Genotype
 
@@ -529,6 +538,8 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
         "trials.parquet",
         "epochs.parquet",
         "genotypes.parquet",
+        "finals.parquet",
+        "protocols.parquet",
         "manifest.json",
     ]
     for name in first:
@@ -540,7 +551,9 @@ def test_the_manifest_describes_the_files(tmp_path: Path) -> None:
     write_trial(tmp_path, "K=1", 0, 0.1)
     paths = export(tmp_path)
     manifest = json.loads(paths.pop("manifest").read_text())
-    assert manifest["rows"] == {"trials": 1, "epochs": 14, "genotypes": 4}
+    assert manifest["rows"] == {"trials": 1, "epochs": 14, "genotypes": 4, "finals": 1, "protocols": 1}
+    (record,) = (tmp_path / "trials").iterdir()
+    assert manifest["records"] == {record.name: len(record.read_bytes())}
     assert (manifest["schema"], manifest["study_id"]) == (1, "0123456789ab")
     for name, path in paths.items():
         assert manifest["sha256"][name] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -572,12 +585,137 @@ def test_tables_that_are_missing_or_changed_are_refused(tmp_path: Path) -> None:
     paths = export(tmp_path)
     shutil.copy(paths["epochs"], paths["trials"])
     with pytest.raises(
-        ValueError, match=r"trials\.parquet is not the file its manifest describes; export again"
+        ValueError, match=r"trials\.parquet is not the file its manifest describes; remove .*tables"
     ):
         read_tables(tmp_path)
-    paths["manifest"].write_text('{"schema": 0}')
-    with pytest.raises(ValueError, match="schema 0"):
+    export(tmp_path)
+    paths["genotypes"].unlink()
+    with pytest.raises(FileNotFoundError, match=r"genotypes\.parquet is missing; remove .*tables"):
         read_tables(tmp_path)
+    shutil.rmtree(tmp_path / "trials")
+    with pytest.raises(FileNotFoundError, match=r"genotypes\.parquet is missing; restore .* from a copy"):
+        read_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda _: '{"schema": 0}', "has schema 0, this version reads 1"),
+        (lambda _: "[1", "is not a JSON object"),
+        (lambda _: "[1]", "is not a JSON object: list instead of an object"),
+        (lambda manifest: {key: manifest[key] for key in manifest if key != "sha256"}, "lacks sha256"),
+        (lambda manifest: {key: manifest[key] for key in manifest if key != "study_id"}, "lacks study_id"),
+        (
+            lambda manifest: manifest | {"sha256": {"trials": "0", "epochs": "0"}},
+            "lacks genotypes; remove .*tables",
+        ),
+        (
+            lambda manifest: manifest | {"study_id": "f" * 12},
+            "of study ffffffffffff, and study.json of 01234",
+        ),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_named(tmp_path: Path, change: Any, said: str) -> None:
+    write_study(tmp_path)
+    write_trial(tmp_path, "K=1", 0, 0.1)
+    path = export(tmp_path)["manifest"]
+    content = change(json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=rf"manifest\.json .*{said}"):
+        read_tables(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "column"), [(name, each[-1]) for name, each in COLUMNS.items()])
+def test_a_table_without_a_column_is_named(tmp_path: Path, name: str, column: str) -> None:
+    write_study(tmp_path)
+    write_trial(tmp_path, "K=1", 0, 0.1)
+    paths = export(tmp_path)
+    pq.write_table(pq.read_table(paths[name]).drop_columns([column]), paths[name])
+    manifest = json.loads(paths["manifest"].read_text())
+    manifest["sha256"][name] = hashlib.sha256(paths[name].read_bytes()).hexdigest()
+    paths["manifest"].write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"{name}\.parquet lacks the column {column}; remove .*tables"):
+        read_tables(tmp_path)
+
+
+def test_tables_are_stale_once_there_are_other_records(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    assert not stale(tmp_path)  # there is nothing to build them from
+    trial = write_trial(tmp_path, "K=1", 0, None, "pending")
+    assert stale(tmp_path)
+    export(tmp_path)
+    assert not stale(tmp_path)
+    write_rows(tmp_path, [end(trial)])
+    assert stale(tmp_path)
+    export(tmp_path)
+    write_trial(tmp_path, "K=1", 1, 0.1)
+    assert stale(tmp_path)
+    shutil.rmtree(tmp_path / "trials")
+    assert not stale(tmp_path)  # tables that were published without records are what there is
+
+
+def test_tables_in_memory_are_those_of_the_files(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    for seed in range(2):
+        write_trial(tmp_path, "K=1", seed, 0.1 + seed / 100)
+    export(tmp_path)
+    rows = {path: read_rows(path) for path in (tmp_path / "trials").iterdir()}
+    read, built = read_tables(tmp_path), tables_of(read_study(tmp_path), rows)
+    for name in COLUMNS:
+        pd.testing.assert_frame_equal(getattr(built, name), getattr(read, name))
+
+
+# Protocols
+
+
+def measured(trial: str, seed: int = 0, **config: Any) -> list[dict[str, Any]]:
+    """Rows of a trial with settings of its retraining and data."""
+    row = start(trial, seed=seed)
+    row["config"] |= {"retrain": {"epochs": 3, "compile": "off"}, "data": {"source": "digits"}} | config
+    return [row, end(trial)]
+
+
+def test_trials_measured_alike_share_a_protocol(tmp_path: Path) -> None:
+    seeds = {"split": 0, "search": 1, "retrain": 1}
+    rows = [
+        *measured("a", seed=0),
+        *measured("b", seed=1),
+        *measured("same", retrain={"epochs": 3, "compile": "default"}),
+        *measured("longer", retrain={"epochs": 4, "compile": "off"}),
+        *measured("fewer", data={"source": "digits", "limit": 10}),
+        *measured("split", seeds=seeds | {"split": 1}),
+    ]
+    folder = write_study(tmp_path / "a", provenance={"data_sha256": "ab" * 32})
+    write_rows(folder, rows)
+    paths = export(folder)
+    trials = read_tables(folder).trials.set_index("trial_id")
+    protocol = trials["protocol_id"]
+    assert protocol.str.fullmatch("[0-9a-f]{12}").all()
+    assert protocol["a"] == protocol["b"] == protocol["same"]
+    assert protocol[["a", "longer", "fewer", "split"]].is_unique
+    protocols = pd.read_parquet(paths["protocols"]).set_index("protocol_id")
+    assert set(protocols.index) == set(protocol)
+    assert protocols.loc[protocol["longer"], "config.retrain.epochs"] == 4
+    assert set(protocols["data_sha256"]) == {"ab" * 32}
+    assert not [name for name in protocols if name.endswith("compile") or "search" in name]
+    # Other data under the same settings are another protocol.
+    other = write_study(tmp_path / "b", provenance={"data_sha256": "cd" * 32})
+    write_rows(other, rows)
+    export(other)
+    assert not set(read_tables(other).trials["protocol_id"]) & set(protocol)
+
+
+def test_finals_are_the_last_errors_of_completed_trials(tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    write_rows(folder, [*measured("a", 3), start("b"), end("b", "pruned", None), start("c"), end("c")])
+    write_rows(folder, [start("d"), end("d", test_error=None), start("e")])
+    paths = export(folder)
+    finals = pd.read_parquet(paths["finals"]).set_index("trial_id")
+    columns = ["retrain_seed", "protocol_id", "test_error", "params_m", "madds_m"]
+    assert list(finals.columns) == columns
+    trials = read_tables(folder).finals().set_index("trial_id")
+    assert sorted(finals.index) == ["a", "c"]
+    pd.testing.assert_frame_equal(finals, trials[columns], check_dtype=False)
 
 
 def test_a_study_without_trials_has_empty_tables_with_the_usual_columns(build: Build) -> None:
