@@ -426,7 +426,7 @@ def run(job: Job, left: Work, lock: ExitStack) -> None:
 
 
 def _end(folder: Path, tracker: Tracker, *, page: bool = True) -> None:
-    """Tables, figures and claims of what there is, for the tracker as well, which is closed whatever fails."""
+    """Tables, figures and claims of what there is, also for the tracker, which is closed whatever fails."""
     artifacts: list[Path] = []
     text = ""
     try:
