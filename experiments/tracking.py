@@ -425,7 +425,7 @@ class _TrialRun:
     stale: set[str]
     """Tags of an earlier attempt that say nothing of the next."""
     lists: dict[str, str]
-    """Tags that grow: `marks` of a scheduler, `notes` on what befell the trial."""
+    """Tags that grow: `attempts` with times, `marks` of a scheduler, `notes` on what befell the trial."""
     metrics: list["Metric"] = field(default_factory=list)
     """Not sent yet."""
 
@@ -529,6 +529,7 @@ class _Store:
             if key not in ("provenance", "study_id", "kind", "metrics")
         }
         tags = {key: value for key, value in (_flat(told) | _flat(origin)).items() if value != "None"}
+        tags |= _record("study", study)
         if "git_commit" in tags:
             tags["mlflow.source.name"] = str(study["name"])  # without a name the page shows no commit
             tags["mlflow.source.git.commit"] = tags["git_commit"]
@@ -598,8 +599,8 @@ class _Store:
                 id=run.info.run_id,
                 name=str(run.info.run_name),
                 params=dict(run.data.params),
-                stale={"reason", "artifacts_missing"} & set(run.data.tags),
-                lists={name: run.data.tags.get(name, "") for name in ("marks", "notes")},
+                stale=_stale(run.data.tags),
+                lists={name: run.data.tags.get(name, "") for name in ("attempts", "marks", "notes")},
             )
         return self.trials[trial]
 
@@ -611,7 +612,8 @@ class _Store:
         while run.stale:
             self.client.delete_tag(run.id, run.stale.pop())
         tags = {"arm": row["arm"], "attempt": row["attempt"], "status": "running"}
-        self._tag(run.id, tags | {"mlflow.parentRunId": self.parent_id})
+        self._tag(run.id, tags | _record("start", row) | {"mlflow.parentRunId": self.parent_id})
+        self._extend(run, "attempts", f"{row['attempt']} {row['time']!r}")
         if verdict == "new":
             # A filter compares metrics with < and >, params only with =.
             numbers = {name: value for name, value in row["axes"].items() if type(value) in (int, float)}
@@ -631,6 +633,7 @@ class _Store:
         subset = ", of the audit subset" if row["audit"] else ""
         said = f"{'goes on' if row['goes_on'] else 'stops'} with probability {row['probability']:g}"
         self._extend(run, "marks", f"rung {row['rung']:g}: {said}{subset}")
+        self._tag(run.id, _record(f"mark.{row['rung']}", row))
 
     def _note(self, row: Row, verdict: Verdict) -> None:
         self._extend(self._trial(row), "notes", f"{row['text']} ({_utc(row)})")
@@ -647,7 +650,8 @@ class _Store:
         self._collect(run, "final/", row["metrics"], 0, row)
         self._flush(run)
         tags = {"status": row["status"], "reason": row["reason"], "genotype": row["genotype"]}
-        self._tag(run.id, {key: value for key, value in tags.items() if value is not None})
+        told = {key: value for key, value in tags.items() if value is not None}
+        self._tag(run.id, told | _record("end", row))
         status = "FINISHED" if row["status"] in FINISHED else "FAILED"
         self.client.set_terminated(run.id, status, _milliseconds(row))
         if row["genotype"] is not None:
@@ -754,7 +758,7 @@ def sync(folder: Path, uri: str, say: Callable[[str], None] = lambda text: None)
         copy.save()
     report = folder / "summary.md"
     _, _, summary = report.read_text(encoding="utf-8").partition("\n\n") if report.exists() else ("", "", "")
-    parts = [folder / name for name in ("tables", "figures", "summary.md", "study.json")]
+    parts = [folder / name for name in ("tables", "figures", "report", "summary.md", "study.json")]
     copy.close([part for part in parts if part.exists()], summary.rstrip("\n"))
     copy.syncing = False
     copy.save()
@@ -876,7 +880,7 @@ def _params(axes: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Leaves of nested mappings by dotted names; a list without nested items is one leaf."""
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and (value or not prefix):
         items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
         items = enumerate(value)
@@ -890,6 +894,25 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 def _plain(value: Any) -> str:
     return json.dumps(value) if isinstance(value, Mapping | list | tuple) else str(value)
+
+
+def _record(name: str, value: Any) -> dict[str, str]:
+    """A value as JSON in the tags `record.NAME`, `record.NAME/1` and so on, for `analysis.loaders` to read.
+
+    Each holds as much as MLflow keeps whole. Where an earlier value was longer, its last tags stay: they come
+    after the end of the JSON, where a reader stops.
+    """
+    text = _masked(json.dumps(value))  # with blanks between values, over which nothing is masked
+    parts = [text[at : at + _TAG_LENGTH] for at in range(0, len(text), _TAG_LENGTH)]
+    return {f"record.{name}" + (f"/{number}" if number else ""): part for number, part in enumerate(parts)}
+
+
+def _stale(tags: Mapping[str, str]) -> set[str]:
+    """Tags of a run that say nothing of a next attempt, which a trial that completed keeps its end from."""
+    stale = {"reason", "artifacts_missing"}
+    if tags.get("status") != "completed":
+        stale |= {name for name in tags if name.partition("/")[0] == "record.end"}
+    return stale & set(tags)
 
 
 def _key(name: str) -> str:

@@ -191,8 +191,10 @@ def test_a_study_is_the_parent_of_its_trials(finished: Finished) -> None:
     (parent,) = finished.runs("tags.kind = 'study'")
     children = finished.runs(f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {run.info.run_name for run in children} == set(outcome(finished.folder).index)
-    files = {file.path for file in finished.client.list_artifacts(parent.info.run_id)}
-    assert files
+    for name in ("report/report.html", "tables/trials.parquet", "figures/curves.png", "summary.md"):
+        place = name.rpartition("/")[0] or None
+        files = {file.path for file in finished.client.list_artifacts(parent.info.run_id, place)}
+        assert name in files
 
 
 @pytest.mark.usefixtures("_no_figures")

@@ -18,13 +18,16 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from analysis import loaders, report
 from analysis.records import append_row
 from experiments import tracking
 from experiments.tracking import CURSOR, Tracker, default_uri, main, sync, ui_command
 from nas.genotype import Genotype
 from nas.published import PUBLISHED
+from tests.analysis import conftest as made
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own imports
@@ -842,6 +845,147 @@ def test_import_pulls_in_neither_mlflow_nor_ray_nor_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["[]", "0"], "a repeated request could create a run twice"
+
+
+# What the analysis reads of a store
+
+
+def one_phase(folder: Path) -> Path:
+    """A study with all that a trial can come to, and a study.json with all its fields."""
+    made.write_study(
+        folder,
+        note="learning rates are those of K=4",
+        primary_metrics=["skips"],
+        checklist={"1": "the code is public"},
+        planned={"K=1": 2, "K=4": 5, "random": 2},
+        metrics={f"metric_{number}": {"unit": "1", "about": "x" * 100} for number in range(100)},
+        stopping={"scheduler": "asha", "random_completion": 0.5},
+        provenance={"data_sha256": "ab" * 32, "git_dirty": False, "packages": {"torch": "2"}, "gpus": []},
+    )
+    for seed in range(2):
+        for arm, error in (("K=1", 0.1), ("K=4", 0.12), ("random", 0.2)):
+            made.write_trial(folder, arm, seed, error + 0.01 * seed)
+    for seed, status in enumerate(("oom", "pending", "pruned"), start=2):
+        made.write_trial(folder, "K=4", seed, None, status)
+    for trial, rung, goes_on in (("K4-0", 1, True), ("K4-0", 2.5, True), ("K4-4", 1, False)):
+        chance = {"probability": 1 / 3, "goes_on": goes_on, "audit": False}
+        mark = {"kind": "mark", "trial": trial, "attempt": "a0", "time": 140.0, "rung": rung}
+        made.write_rows(folder, [mark | chance])
+    audit = {"kind": "mark", "trial": "K1-0", "attempt": "a0", "time": 140.0, "rung": 1, "audit": True}
+    note = {"kind": "note", "trial": "K4-3", "attempt": "a0", "time": 150.25, "text": "not saved (full)"}
+    host = {"host": {"node": "n1", "device": "cpu", "threads": 2, "memory_mb": None}}
+    again = made.start("K4-2", seed=2, attempt="b1", time=300.125) | host
+    rows = [audit | {"probability": 1, "goes_on": True}, note, again]
+    made.write_rows(folder, [*rows, made.end("K4-2", attempt="b1", time=400.0625)])
+    return folder
+
+
+def two_phases(folder: Path) -> Path:
+    """Searches, two of which found one network, and retrainings of what they found; one was stopped."""
+    made.write_study(folder, retrain_seeds=2)
+    found = {seed: made.genotype(seed % 3) for seed in range(4)}
+    for seed, text in found.items():
+        row = made.start(f"search{seed}", seed=seed)
+        row["config"] |= {"space": {"nodes": 4}, "data": {"source": "digits"}, "retrain": {"epochs": 0}}
+        epochs = [
+            made.epoch(f"search{seed}", number, {"valid_error": 0.5 / (number + 1)}) for number in (0, 1)
+        ]
+        measured = {"valid_error": 0.25, "search_seconds": 30.0 + seed, "skips": None}
+        made.write_rows(folder, [row, *epochs, made.end(f"search{seed}", genotype=text, metrics=measured)])
+    for number, text in enumerate(dict.fromkeys(found.values())):
+        for seed in (0, 1):
+            row = made.start(f"retrain{number}{seed}", arm="retrained", seed=seed)
+            row["found_by"] = [f"search{each}" for each, other in found.items() if other == text]
+            row["config"] |= {"space": {"nodes": 4}, "data": {"source": "digits"}, "retrain": {"epochs": 2}}
+            row["config"]["method"] = {"searcher": {"genotype": text}}
+            epochs = [made.epoch(row["trial"], 0, {"valid_error": 0.3, "seconds": 2.0}, "retrain")]
+            last = made.end(row["trial"], genotype=text, test_error=0.1 + 0.03 * number + 0.01 * seed)
+            if (number, seed) == (2, 1):
+                last = made.end(row["trial"], "pruned", None, metrics={})
+            made.write_rows(folder, [row, *epochs, last])
+    return folder
+
+
+@pytest.mark.parametrize("make", [one_phase, two_phases])
+def test_the_analysis_reads_of_a_store_what_it_reads_of_the_folder(
+    make: Callable[[Path], Path], tmp_path: Path, new_store: Path
+) -> None:
+    folder = make(tmp_path / "study")
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    sync(folder, default_uri(folder))
+    before = (tmp_path / "mlflow.db").read_bytes()
+    ours, theirs = loaders.load(folder), loaders.load(tmp_path / "mlflow.db", study="0123456789ab")
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+    assert theirs.tables.study == ours.tables.study
+    for name in ("trials", "metrics", "finals"):
+        pd.testing.assert_frame_equal(getattr(theirs, name), getattr(ours, name))
+    for name in ("kind", "endpoint", "n_rows", "notes", "protocols"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    key = ["trial_id", "stage", "key", "epoch"]
+    curves = [
+        each.tables.epochs.astype({"stage": str, "key": str, "trial_id": str}) for each in (ours, theirs)
+    ]
+    curves = [each[[*key, "value"]].dropna().sort_values(key, ignore_index=True) for each in curves]
+    pd.testing.assert_frame_equal(*curves)
+    last = [each.tables.genotypes.query("stage == 'final'").reset_index(drop=True) for each in (ours, theirs)]
+    pd.testing.assert_frame_equal(*last)
+    if make is two_phases:
+        assert set(theirs.trials["arm"]) == {"K=4"}
+        assert theirs.trials["trial_id"].str.startswith("search").all()
+
+
+@pytest.mark.slow
+def test_the_report_of_a_store_is_that_of_the_folder(tmp_path: Path, new_store: Path) -> None:
+    folder = one_phase(tmp_path / "study")
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    sync(folder, default_uri(folder))
+    results = []
+    for path, name in ((folder, "a"), (tmp_path / "mlflow.db", "b")):
+        report.write(path, tmp_path / name, study=STUDY_ID if name == "b" else None)
+        results.append(json.loads((tmp_path / name / "results.json").read_text()) | {"sources": {}})
+    assert results[0] == results[1]
+
+
+def test_runs_that_are_no_trials_are_left_out_and_trials_without_a_record_are_not(
+    tmp_path: Path, new_store: Path
+) -> None:
+    folder = made.write_study(tmp_path / "study")
+    made.write_trial(folder, "K=4", 0, 0.1)
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    sync(folder, default_uri(folder))
+    client = MlflowClient(default_uri(folder))
+    (parent,) = runs(default_uri(folder), "study")
+    tags = {"mlflow.parentRunId": parent.info.run_id}
+    client.create_run(parent.info.experiment_id, tags=tags, run_name="a user's own")
+    # What a driver leaves that is killed between making a run and saying the first thing of it.
+    begun = tags | {"kind": "trial", "study_id": STUDY_ID, "trial_id": "begun"}
+    run = client.create_run(parent.info.experiment_id, tags=begun)
+    store = tmp_path / "mlflow.db"
+    assert len(loaders.load(store, study=STUDY_ID).trials) == 1
+    client.set_tag(run.info.run_id, "status", "running")
+    with pytest.raises(
+        ValueError, match="no record of the start of trial begun: an earlier version filled it; se"
+    ):
+        loaders.load(store, study=STUDY_ID)
+
+
+def test_a_record_is_whole_after_a_shorter_one_took_its_place(uri: str) -> None:
+    tags = {**tracking._record("x", {"a": "y" * 30_000}), **tracking._record("x", {"b": "z" * 9_000})}
+    assert sorted(tags) == ["record.x", "record.x/1", "record.x/2", "record.x/3"]
+    assert loaders._record(tags, "x", Path("mlflow.db")) == {"b": "z" * 9_000}
+
+
+def test_sync_attaches_the_report(tmp_path: Path, new_store: Path) -> None:
+    folder = write_study(tmp_path / "sweep_k")
+    (folder / "report" / "figures").mkdir(parents=True)
+    (folder / "report" / "report.html").write_text("<p>")
+    (folder / "report" / "figures" / "error.svg").write_text("<svg/>")
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    sync(folder, default_uri(folder))
+    (parent,) = runs(default_uri(folder), "study")
+    client = MlflowClient(default_uri(folder))
+    files = {file.path for file in client.list_artifacts(parent.info.run_id, "report")}
+    assert files == {"report/report.html", "report/figures"}
 
 
 @pytest.fixture(autouse=True)
