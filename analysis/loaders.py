@@ -300,10 +300,8 @@ def _mlflow_rows(store: sqlite3.Connection, path: Path, parent: str) -> dict[Pat
     ):
         stage, _, name = key.partition("/")
         row = epochs[run].setdefault((stage, step), {"metrics": {}})
-        row["time"], row["metrics"][name] = (
-            timestamp / 1000,
-            value,
-        )  # of an epoch that was run again, the last
+        row["time"] = timestamp / 1000
+        row["metrics"][name] = value  # of an epoch that was run again, the last
     found: dict[Path, list[records.Row]] = {}
     for run, told in tags.items():
         if told.get("kind") != "trial" or "status" not in told:
