@@ -322,7 +322,7 @@ def test_curves_have_early_epochs_as_metrics_and_the_last_as_endpoint(tmp_path: 
     assert (final["stage"] == "final").all()
     assert final["key"].to_dict() == sample.trials.set_index("trial_id")["genotype_key"].to_dict()
     for number in range(4):
-        stored = json.loads(final.loc[f"{number:04d}", "genotype"])
+        stored = json.loads(str(final.loc[f"{number:04d}", "genotype"]))
         assert str(NasGenotype.from_json(stored)) == genotype(number)
 
 
