@@ -56,7 +56,7 @@ def _draw(folder: Path, tables: records.Tables) -> list[Path]:
         ("curves", plots.curves(tables), plots.curve_data(tables)),
         ("error_by_size", plots.error_by_size(tables), plots.size_data(tables)),
     ]
-    written = []
+    written: list[Path] = []
     for stem, figure, data in drawn:
         written += plots.save(figure, figures / stem, data).values()
     written += _draw_cells(folder, tables)
