@@ -41,6 +41,9 @@ NAMES: Mapping[str, str] = {
     "pearson": "Pearson's r",
 }
 
+ACROSS = "units lie in several groups: no permutation within them"
+"""Why a sample in groups has no test."""
+
 _FEWEST = 3
 """Independent units below which an association is no number worth printing."""
 
@@ -239,7 +242,7 @@ class EpochAssociation:
     """Rows that have the metric at this epoch."""
 
     estimate: Estimate
-    """Over those of them that have a final error."""
+    """Over those of them that have a final error; weighted, over all of them."""
 
 
 def over_epochs(
@@ -247,23 +250,62 @@ def over_epochs(
     error: ArrayLike,
     *,
     kind: Kind = "tau_b",
+    groups: Labels = None,
+    weights: ArrayLike | None = None,
     units: Labels = None,
     resolution: float = RESOLUTION,
     draws: Draws = DRAWS,
 ) -> tuple[EpochAssociation, ...]:
     """Association at each epoch, a column of `curves`, with the number of rows that got there.
 
-    Where rows at risk have no final error, the estimate says how many: it is conditional on survival.
+    Where rows at risk have no final error and no weights stand for them, the estimate says how many: it is
+    conditional on survival.
+
+    Args:
+        curves: of the metric, rows as in `error`; NaN where a run did not get to an epoch.
+        error: final error, NaN where there is none.
+        kind: of association.
+        groups: settings of a sweep; the association is then that within them, as in `by_group`, and without
+            them the pooled one. Of tau-b only.
+        weights: of the rows with a final error, one over the probability with which they got it, from
+            `analysis.pruning.inverse_probability`. All rows at risk are resampled.
+        units, resolution, draws: as in `association`.
+
+    Raises:
+        ValueError: lengths differ, groups with another kind than tau-b, or a weight of a row with a final
+            error is not positive.
     """
+    _check_groups(groups, kind)
+    y = np.asarray(error, dtype=np.float64).reshape(-1)
+    final = np.isfinite(y)
+    design = None if weights is None else np.asarray(weights, dtype=np.float64).reshape(-1)
+    if design is not None and (len(design) != len(y) or not (design[final] > 0).all()):
+        raise ValueError("weights must be positive where there is a final error, and one per row")
+    name = NAMES[kind] + (" within groups" if groups is not None else "")
+    if design is not None:
+        name += " weighted by inverse probability"
     found = []
     for epoch in curves.columns:
-        x, y, used, counts = _usable(curves[epoch].to_numpy(dtype=np.float64), error)
-        kernel = _kernel(kind, x, y, resolution)
-        one = _estimate(kernel, _units(units, used), NAMES[kind], draws)
-        lost = f"{counts[2]} of {counts[0] - counts[1]} rows at risk have no final error, so survivors only"
-        found.append(
-            EpochAssociation(epoch, counts[0] - counts[1], one.restricted(lost if counts[2] else None))
-        )
+        x = curves[epoch].to_numpy(dtype=np.float64)
+        _, _, complete, counts = _usable(x, y)
+        at_risk = counts[0] - counts[1]
+        used = complete if design is None else np.isfinite(x)
+        a, b = x[used], np.where(final, y, 0.0)[used]
+        own = None if design is None else np.where(final, design, 0.0)[used]
+        unit = _units(units, used)
+        if groups is None:
+            kernel = _kernel(kind, a, b, resolution, own)
+        else:
+            group, _ = _groups(groups, used)
+            ranks = dense_ranks(a, resolution), dense_ranks(b, RESOLUTION)
+            kernel = resample.within_tau_kernel(*ranks, _members(group), own)
+            unit = unit.drawn_within(group)
+        finals = len(np.unique(unit.of_row[final[used]]))
+        one = _estimate(kernel, unit, name, draws, finals)
+        one = replace(one, n=int(complete.sum()), n_units=finals)
+        lost = f"{counts[2]} of {at_risk} rows at risk have no final error, so survivors only"
+        survivors = counts[2] and design is None
+        found.append(EpochAssociation(epoch, at_risk, one.restricted(lost if survivors else None)))
     return tuple(found)
 
 
@@ -287,40 +329,58 @@ def best_epoch(
     error: ArrayLike,
     *,
     kind: Kind = "tau_b",
+    groups: Labels = None,
     units: Labels = None,
     resolution: float = RESOLUTION,
     draws: Draws = DRAWS,
 ) -> BestEpoch:
     """The epoch, a column of `curves`, of strongest association, by the permutation of the largest statistic.
 
-    Only rows with every epoch and the error are used, so that one permutation serves all epochs.
+    Only rows with every epoch and the error are used, so that one permutation serves all epochs. With
+    `groups`, e.g. settings of a sweep, the association is that within groups, and units are exchanged within
+    their group; that needs units that lie in one group each, and tau-b.
+
+    Raises:
+        ValueError: lengths differ, or groups with another kind than tau-b.
     """
+    _check_groups(groups, kind)
     table = np.column_stack([curves.to_numpy(dtype=np.float64), np.asarray(error, dtype=np.float64)])
     used = _finite(table)
     x, y = table[used, :-1], table[used, -1]
     unit = _units(units, used)
     left_out = f"{count(int((~used).sum()), 'row')} without some epoch or the error left out"
     restriction = left_out if not used.all() else None
+    name = NAMES[kind] + (" within groups" if groups is not None else "")
     if len(unit) < _FEWEST or not x.shape[1]:
         few = f"{count(len(unit), 'independent unit')} with all epochs: no test"
         return BestEpoch(None, None, None, len(y), x.shape[1], "largest of all epochs", few)
-    total = draws.permutations or resample.permutations_for(len(y) * x.shape[1])
-    tests = resample.permute_association(
-        x, y, unit, kind=kind, resolution=resolution, draws=replace(draws, permutations=total)
-    )
-    values = [_point(_kernel(kind, column, y, resolution), len(y)) for column in x.T]
+    if kind != "pearson":  # each side by its own resolution
+        x = np.stack([dense_ranks(column, resolution) for column in x.T], axis=1).astype(np.float64)
+        y = dense_ranks(y, RESOLUTION).astype(np.float64)
+    group = np.zeros(len(y), dtype=np.intp) if groups is None else _groups(groups, used)[0]
+    rows = _members(group)
+    if groups is None:
+        values = [_point(_kernel(kind, column, y, 1), len(y)) for column in x.T]
+    else:
+        ranks = y.astype(np.intp)
+        values = [
+            _point(resample.within_tau_kernel(column.astype(np.intp), ranks, rows), len(y)) for column in x.T
+        ]
     strengths = [-1.0 if value is None else abs(value) for value in values]
     best = int(np.argmax(strengths))
     if values[best] is None:
         restriction = "all values of the error, or of the metric at every epoch, are equal"
-        return BestEpoch(
-            None, None, None, len(y), x.shape[1], f"largest {NAMES[kind]} of all epochs", restriction
-        )
-    method = f"largest {NAMES[kind]} of {count(x.shape[1], 'epoch')}; {tests[best].method}"
-    restriction = "; ".join(filter(None, [restriction, tests[best].restriction])) or None
-    return BestEpoch(
-        curves.columns[best], values[best], tests[best].p, len(y), x.shape[1], method, restriction
-    )
+        return BestEpoch(None, None, None, len(y), x.shape[1], f"largest {name} of all epochs", restriction)
+    total = draws.permutations or resample.permutations_for(len(y) * x.shape[1])
+    strata = unit.nested(group)
+    test = Permutation(None, 0, False, len(unit), ACROSS)
+    if strata is not None:
+        test = resample.permute_association(
+            x, y, strata, kind=kind, resolution=1, draws=replace(draws, permutations=total)
+        )[best]
+    method = f"largest {name} of {count(x.shape[1], 'epoch')}; {test.method}"
+    restriction = "; ".join(filter(None, [restriction, test.restriction])) or None
+    return BestEpoch(curves.columns[best], values[best], test.p, len(y), x.shape[1], method, restriction)
 
 
 # Other quantities held fixed
@@ -529,22 +589,15 @@ def by_group(
     0.437 / (n - 4) by Fieller, Hartley & Pearson (1957).
     """
     x, y, used, counts = _usable(metric, error)
-    names = pd.Series(groups, dtype=object)
-    if len(names) != len(used):
-        raise ValueError(f"groups has {len(names)} labels for {len(used)} rows; give one per row")
-    names = names.where(names.notna(), "(none)")[used].reset_index(drop=True)
-    group = codes(names, len(x), "groups")
-    labels = [str(names[row]) for row in np.unique(group, return_index=True)[1]]
+    group, labels = _groups(groups, used)
     unit = _units(units, used)
-    rows = [np.flatnonzero(group == index) for index in range(len(labels))]
+    rows = _members(group)
     sizes = [len(np.unique(unit.of_row[members])) for members in rows]
-    nested = sum(sizes) == len(unit)
-    strata = Units.of(len(x), unit.of_row, group) if nested else None
-    drawn = strata if strata and min(sizes, default=0) >= ENOUGH_UNITS else unit
+    strata, drawn = unit.nested(group), unit.drawn_within(group)
     a, b = dense_ranks(x, resolution), dense_ranks(y, RESOLUTION)
     name = NAMES["tau_b"]
     pooled = _estimate(resample.tau_kernel(a, b), drawn, name, draws)
-    within = _estimate(_within_kernel(a, b, rows), drawn, f"{name} within groups", draws)
+    within = _estimate(resample.within_tau_kernel(a, b, rows), drawn, f"{name} within groups", draws)
     between = _estimate(
         _between_kernel(x, y, rows, resolution), drawn, f"{name} of group means, groups as given", draws
     ).restricted(f"{count(len(rows), 'group')} only" if len(rows) < 5 else None)
@@ -556,9 +609,7 @@ def by_group(
     if len(rows) == 1:
         within = within.restricted("one group only: the same as pooled")
     if strata is None:
-        test = Permutation(
-            None, 0, False, len(unit), "units lie in several groups: no permutation within them"
-        )
+        test = Permutation(None, 0, False, len(unit), ACROSS)
     elif within.value is None:
         test = Permutation(None, 0, False, len(unit), within.restriction)
     else:
@@ -593,20 +644,6 @@ def _simpson(pooled: Estimate, within: Estimate) -> str | None:
     if None not in ends and (ends[0] > ends[3] or ends[1] < ends[2]):  # type: ignore[operator]
         return f"Simpson warning: {both}; the intervals do not overlap, so the groups make part of it"
     return None
-
-
-def _within_kernel(x: Indices, y: Indices, rows: Sequence[Indices]) -> Kernel:
-    forms = [(members, resample.pair_kernel(x[members], y[members])) for members in rows]
-
-    def kernel(weights: Array) -> Array:
-        concordance, scale = np.zeros(len(weights)), np.zeros(len(weights))
-        for members, form in forms:
-            above, below = form(weights[:, members])
-            concordance += above
-            scale += below
-        return resample.ratio(concordance, scale)
-
-    return kernel
 
 
 def _between_kernel(x: Array, y: Array, rows: Sequence[Indices], resolution: float) -> Kernel:
@@ -720,18 +757,22 @@ def _decided(found: Estimate) -> bool:
     return found.low is not None and found.high is not None and not found.low <= 0 <= found.high
 
 
-def _kernel(kind: Kind, x: Array, y: Array, resolution: float) -> Kernel:
+def _kernel(kind: Kind, x: Array, y: Array, resolution: float, weights: Array | None = None) -> Kernel:
     if kind == "pearson":
-        return resample.pearson_kernel(x, y)
+        return resample.pearson_kernel(x, y, weights)
     make = resample.tau_kernel if kind == "tau_b" else resample.spearman_kernel
-    return make(dense_ranks(x, resolution), dense_ranks(y, RESOLUTION))
+    return make(dense_ranks(x, resolution), dense_ranks(y, RESOLUTION), weights)
 
 
-def _estimate(kernel: Kernel, units: Units, name: str, draws: Draws) -> Estimate:
-    """Estimate over units; none below three, where an association can hardly be anything but +1 or -1."""
-    if len(units) < _FEWEST:
-        few = f"{count(len(units), 'independent unit')}, fewer than {_FEWEST}: no association"
-        return missing(name, few, len(units.of_row), len(units), draws.level)
+def _estimate(kernel: Kernel, units: Units, name: str, draws: Draws, finals: int | None = None) -> Estimate:
+    """Estimate over units; none below three, where an association can hardly be anything but +1 or -1.
+
+    Where units without a final error are drawn, too, `finals` is the number of the others.
+    """
+    known = len(units) if finals is None else finals
+    if known < _FEWEST:
+        few = f"{count(known, 'independent unit')}, fewer than {_FEWEST}: no association"
+        return missing(name, few, len(units.of_row), known, draws.level)
     return resample.estimate(kernel, units, name, draws)
 
 
@@ -762,6 +803,25 @@ def _finite(table: Array) -> NDArray[np.bool_]:
 def _complete(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     a, b, _, _ = _usable(x, y)
     return a, b
+
+
+def _groups(labels: Labels, used: NDArray[np.bool_]) -> tuple[Indices, list[str]]:
+    """Groups of the rows used, as numbers, and their names; rows without a label are the group `(none)`."""
+    names = pd.Series(labels, dtype=object).reset_index(drop=True)
+    if len(names) != len(used):
+        raise ValueError(f"groups has {len(names)} labels for {len(used)} rows; give one per row")
+    names = names.where(names.notna(), "(none)")[used].reset_index(drop=True)
+    group = codes(names, len(names), "groups")
+    return group, [str(names[row]) for row in np.unique(group, return_index=True)[1]]
+
+
+def _members(group: Indices) -> list[Indices]:
+    return [np.flatnonzero(group == index) for index in range(int(group.max(initial=-1)) + 1)]
+
+
+def _check_groups(groups: Labels, kind: str) -> None:
+    if groups is not None and kind != "tau_b":
+        raise ValueError(f"kind={kind!r} within groups is not defined here; use 'tau_b', or leave groups out")
 
 
 def _units(labels: Labels, used: NDArray[np.bool_]) -> Units:

@@ -8,7 +8,8 @@ survivors show, bounds, and models.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis import resample
 from analysis.compare import Family, family
-from analysis.correlate import NAMES
+from analysis.correlate import ACROSS, NAMES
 from analysis.resample import (
     DRAWS,
     ENOUGH_UNITS,
@@ -24,6 +25,7 @@ from analysis.resample import (
     Array,
     Draws,
     Estimate,
+    Indices,
     Kernel,
     Labels,
     Permutation,
@@ -45,6 +47,9 @@ class PrunedAssociation:
     headline: Estimate
     """The weighted tau-b if the study recorded probabilities, else none, with the reason."""
 
+    test: Permutation
+    """Of the weighted tau-b against no association; without weights there is none here."""
+
     survivors: Estimate
     """Tau-b among runs with a final error, as if nothing had been stopped: conditional on survival."""
 
@@ -55,10 +60,13 @@ class PrunedAssociation:
     """Tau-b, unweighted, among the uniformly drawn runs that were exempt from stopping."""
 
     effective_n: float | None
-    """Finals that would be as informative if all had the same weight: (sum w)^2 / sum w^2."""
+    """Of the finals, see `effective_n`."""
 
     bounds: tuple[float, float] | None
-    """Least and greatest tau-b that any final errors of the stopped runs could give."""
+    """Least and greatest tau-b that any final errors of the stopped runs, none tied, could give.
+
+    None where a run was stopped before it had the metric.
+    """
 
     model: Estimate
     """Tau-b by a bivariate normal model of metric and error, which no data can confirm."""
@@ -66,13 +74,88 @@ class PrunedAssociation:
     n_total: int
     n_used: int
     n_stopped: int
-    """Runs with the metric that were stopped, so without a final error."""
+    """Runs that were stopped, so without a final error."""
+
+    n_unseen: int
+    """Those of them that were stopped before they had the metric."""
 
     n_failed: int
     """Runs that failed: missing for another reason, neither bounded nor modelled."""
 
     n_no_metric: int
+    """Runs without the metric that neither failed nor were stopped."""
+
     restriction: str | None
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Tau-b weighted by inverse probabilities, and its test."""
+
+    estimate: Estimate
+    test: Permutation
+
+
+def inverse_probability(probability: ArrayLike, error: ArrayLike) -> Array | None:
+    """Weight of each run: one over the probability with which it was to get its final error, 0 without one.
+
+    None where a run without a final error had no chance to get one, or none that is known: nobody stands for
+    such runs. Leave failed runs out beforehand.
+
+    Raises:
+        ValueError: lengths differ; a probability of a run with a final error is not in (0, 1]; or one without
+            has a probability that is not in [0, 1), known as it is.
+    """
+    pi, y = (np.asarray(side, dtype=np.float64).reshape(-1) for side in (probability, error))
+    if len(pi) != len(y):
+        raise ValueError(f"probability has {len(pi)} values for {len(y)} rows; give one per row")
+    final = np.isfinite(y)
+    _check_probabilities(pi, final)
+    if not (pi[~final] > 0).all():
+        return None
+    return np.where(final, 1 / pi, 0.0)
+
+
+def weighted_within(
+    metric: ArrayLike,
+    error: ArrayLike,
+    probability: ArrayLike,
+    groups: Labels,
+    *,
+    failed: ArrayLike | None = None,
+    units: Labels = None,
+    resolution: float = RESOLUTION,
+    draws: Draws = DRAWS,
+) -> Weighted:
+    """Tau-b within groups, e.g. arms of a sweep, of all runs of a study in which some have no final error.
+
+    Runs with the metric are resampled, within groups that have enough units; the test exchanges finals
+    within their group. Groups of one final say nothing and change nothing.
+
+    Args:
+        metric, error, probability, failed: as in `association`.
+        groups: of the rows; pairs of different groups do not count.
+        units: as in `association`; the test needs units that lie in one group each.
+        resolution, draws: as in `association`.
+
+    Raises:
+        ValueError: as in `association`, or a row has no group.
+    """
+    x, y = (np.asarray(side, dtype=np.float64).reshape(-1) for side in (metric, error))
+    n = len(x)
+    kept = ~_flags(failed, n, "failed")
+    pi = _column(probability, "probability", n).astype(np.float64)
+    group, labels = _column(groups, "groups", n), None if units is None else _column(units, "units", n)
+    found = inverse_probability(pi[kept], _column(y, "error", n)[kept])
+    if found is None:
+        why = "a run without a final error had no known chance of one: no estimate for all runs"
+        none = missing(NAMES["tau_b"], why, level=draws.level)
+        return Weighted(none, Permutation(None, 0, False, 0, why))
+    weights = np.zeros(n)
+    weights[kept] = found
+    kept &= np.isfinite(x)
+    sample = _Sample.of(x, y, kept, labels, resolution, draws)
+    return sample.weighted_tau(weights[kept], codes(group[kept], int(kept.sum()), "groups"))
 
 
 def association(
@@ -80,6 +163,7 @@ def association(
     error: ArrayLike,
     *,
     probability: ArrayLike | None = None,
+    stopped: ArrayLike | None = None,
     audit: ArrayLike | None = None,
     failed: ArrayLike | None = None,
     units: Labels = None,
@@ -93,7 +177,10 @@ def association(
         error: final error, NaN for runs that were stopped or failed.
         probability: with which each run was to get its final error, recorded when that was decided: 1 for
             runs that no rule stopped, and see `completion_probability` for several rungs. None if nothing was
-            recorded. It is needed where there is a final error.
+            recorded. It is needed where there is a final error; of a stopped run, one that is 0 or not known
+            means that the study has no such design.
+        stopped: whether a rule stopped the run. Runs with the metric and without a final error that did not
+            fail count as stopped anyway; this tells of those that were stopped before they had the metric.
         audit: whether the run is of a uniformly drawn set that no rule could stop.
         failed: whether the run failed (out of memory, diverged) or has not ended. Such runs are left out of
             everything but the counts: whether they may be is a question to `failure_dependence`.
@@ -104,67 +191,70 @@ def association(
     """
     x, y = (np.asarray(side, dtype=np.float64).reshape(-1) for side in (metric, error))
     n_total = len(x)
-    lost, exempt = (_flags(flags, n_total, name) for flags, name in ((failed, "failed"), (audit, "audit")))
-    pi = None if probability is None else np.asarray(probability, dtype=np.float64).reshape(-1)
-    for name, column in {"error": y, "probability": pi}.items():
-        if column is not None and len(column) != n_total:
-            raise ValueError(f"{name} has {len(column)} values for {n_total} rows; give one per row")
-    labels = None if units is None else pd.Series(units, dtype=object).to_numpy()
-    if labels is not None and len(labels) != n_total:
-        raise ValueError(f"units has {len(labels)} labels for {n_total} rows; give one per row")
-    keep = np.isfinite(x) & ~lost
-    x, y, exempt = x[keep], y[keep], exempt[keep]
-    pi = None if pi is None else pi[keep]
-    labels = None if labels is None else labels[keep]
-    final = np.isfinite(y)
-    if pi is not None:
-        _check_probabilities(pi, final)
-        if (~final & (pi == 0)).any():
-            pi = None  # those who had no chance to finish are stood for by nobody
-
-    sample = _Sample(x, y, final, Units.of(len(x), labels), labels, resolution, draws)
-    stopped = int((~final).sum())
+    lost, exempt, ended = (
+        _flags(flags, n_total, name)
+        for flags, name in ((failed, "failed"), (audit, "audit"), (stopped, "stopped"))
+    )
+    _column(y, "error", n_total)
+    labels = None if units is None else _column(units, "units", n_total)
+    has = np.isfinite(x)
+    keep = has & ~lost
+    unfinished = ~np.isfinite(y) & ~lost & (has | ended)
+    unseen = int((unfinished & ~has).sum())
+    weights = None
+    if probability is not None:
+        counted = keep | unfinished
+        pi = _column(probability, "probability", n_total).astype(np.float64)
+        weights = inverse_probability(pi[counted], y[counted])
+        weights = None if weights is None else weights[keep[counted]]
+    sample = _Sample.of(x, y, keep, labels, resolution, draws)
+    final, n_stopped, n_failed = sample.final, int(unfinished.sum()), int(lost.sum())
     weighted: dict[str, Estimate] = {}
     effective = None
-    if pi is not None:
-        weights = np.zeros(len(x))
-        weights[final] = 1 / pi[final]
-        weighted = sample.weighted(weights)
-        effective = float(weights.sum() ** 2 / (weights**2).sum()) if final.any() else None
+    test = Permutation(None, 0, False, len(sample.units), "no weights: no test of all runs")
+    if weights is not None:
+        found = sample.weighted_tau(weights)
+        weighted, test = {"tau_b": found.estimate, **sample.weighted_others(weights)}, found.test
+        effective = effective_n(weights)
     survivors = sample.among(final, f"{NAMES['tau_b']} among finished runs")
-    if stopped:
+    if n_stopped:
         survivors = survivors.restricted("conditional on survival: not the association of all runs")
     if weighted:
         headline = weighted["tau_b"]
-        if effective is not None and effective < LEAST_EFFECTIVE:
-            headline = headline.restricted(f"{effective:.1f} effective runs: a few weights decide the number")
-    elif stopped:
+    elif n_stopped:
         why = "runs were stopped without recorded probabilities: no estimate for all runs"
         headline = missing(NAMES["tau_b"], why, int(final.sum()), survivors.n_units, draws.level)
     else:
         headline = survivors
-    n_failed = int(lost.sum())
     notes = [
         f"{count(n_failed, 'failed run')} left out: check that failing does not depend on the config"
         if n_failed
         else "",
-        "all runs were stopped" if len(x) and not final.any() else "",
+        f"{count(unseen, 'run')} stopped before the metric was measured" if unseen else "",
+        "all runs were stopped" if n_stopped and not final.any() else "",
     ]
     return PrunedAssociation(
         headline=headline,
+        test=test,
         survivors=survivors,
         weighted=weighted,
-        audit=sample.audited(exempt),
+        audit=sample.audited(exempt[keep]),
         effective_n=effective,
-        bounds=tau_bounds(x, y, resolution) if len(x) > 1 else None,
-        model=sample.modelled(),
+        bounds=tau_bounds(x[keep], y[keep], resolution) if keep.sum() > 1 and not unseen else None,
+        model=sample.modelled(unseen),
         n_total=n_total,
         n_used=int(final.sum()),
-        n_stopped=stopped,
+        n_stopped=n_stopped,
+        n_unseen=unseen,
         n_failed=n_failed,
-        n_no_metric=n_total - len(x) - n_failed,
+        n_no_metric=n_total - int(keep.sum()) - n_failed - unseen,
         restriction="; ".join(filter(None, notes)) or None,
     )
+
+
+def effective_n(weights: Array) -> float | None:
+    """Runs that would be as informative if all had the same weight: (sum w)^2 / sum w^2; None without any."""
+    return float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else None
 
 
 def weighted_tau(
@@ -283,20 +373,61 @@ class _Sample:
     resolution: float
     draws: Draws
 
-    def weighted(self, weights: Array) -> dict[str, Estimate]:
-        """Estimates by weights, 0 without a final error; all runs are resampled."""
-        ranks = dense_ranks(self.x, self.resolution)
-        filled = np.where(self.final, self.y, 0.0)
-        errors = dense_ranks(filled, RESOLUTION)
+    @classmethod
+    def of(
+        cls,
+        x: Array,
+        y: Array,
+        keep: NDArray[np.bool_],
+        labels: NDArray[np.generic] | None,
+        resolution: float,
+        draws: Draws,
+    ) -> "_Sample":
+        """The rows kept of all."""
+        own = None if labels is None else labels[keep]
+        final = np.isfinite(y[keep])
+        return cls(x[keep], y[keep], final, Units.of(len(final), own), own, resolution, draws)
+
+    def weighted_tau(self, weights: Array, group: Indices | None = None) -> Weighted:
+        """Weighted tau-b, within groups if there are any, and its test; without final error weights are 0."""
+        within = "" if group is None else " within groups"
+        name = f"{NAMES['tau_b']}{within} weighted by inverse probability"
+        x, y = dense_ranks(self.x, self.resolution), dense_ranks(self._filled, RESOLUTION)
+        of_row = np.zeros(len(x), dtype=np.intp) if group is None else group
+        rows = [np.flatnonzero(of_row == label) for label in np.unique(of_row)]
+        kernel = (
+            resample.tau_kernel(x, y, weights)
+            if group is None
+            else resample.within_tau_kernel(x, y, rows, weights)
+        )
+        found = self._estimate(kernel, name, self.final, self.units.drawn_within(of_row))
+        size = effective_n(weights)
+        if found.value is not None and size is not None and size < LEAST_EFFECTIVE:
+            found = found.restricted(f"{size:.1f} effective runs: a few weights decide the number")
+        chosen = np.flatnonzero(self.final)
+        own = Units.of(len(chosen), self.units.of_row[chosen])
+        strata = own.nested(of_row[chosen])
+        if found.value is None or strata is None:
+            why = found.restriction if found.value is None else ACROSS
+            return Weighted(found, Permutation(None, 0, False, len(own), why))
+        test = resample.permute_weighted(x[chosen], y[chosen], weights[chosen], strata, self.draws)
+        return Weighted(found, test)
+
+    def weighted_others(self, weights: Array) -> dict[str, Estimate]:
+        """Weighted Spearman and Pearson correlations."""
+        ranks = dense_ranks(self.x, self.resolution), dense_ranks(self._filled, RESOLUTION)
         kernels = {
-            "tau_b": resample.tau_kernel(ranks, errors, weights),
-            "spearman": resample.spearman_kernel(ranks, errors, weights),
-            "pearson": resample.pearson_kernel(self.x, filled, weights),
+            "spearman": resample.spearman_kernel(*ranks, weights),
+            "pearson": resample.pearson_kernel(self.x, self._filled, weights),
         }
         return {
             kind: self._estimate(kernel, f"{NAMES[kind]} weighted by inverse probability", self.final)
             for kind, kernel in kernels.items()
         }
+
+    @property
+    def _filled(self) -> Array:
+        return np.where(self.final, self.y, 0.0)
 
     def among(self, chosen: NDArray[np.bool_], name: str) -> Estimate:
         """Tau-b of the chosen runs, which have a final error."""
@@ -318,7 +449,7 @@ class _Sample:
         why = f"{count(open_ones, 'run')} of the audit subset without a final error" if open_ones else None
         return found.restricted(why)
 
-    def modelled(self) -> Estimate:
+    def modelled(self, unseen: int) -> Estimate:
         """Tau-b if metric and error were bivariate normal, and only the metric decided who was stopped.
 
         The line of error on metric and the spread around it are then the same among survivors; the spread of
@@ -326,9 +457,12 @@ class _Sample:
         """
         name = f"{NAMES['tau_b']}, model-based (bivariate normal, stopped by the metric)"
         if self.final.all():
-            return missing(name, "no run was stopped: nothing to model", len(self.x), len(self.units))
-        filled = np.where(self.final, self.y, 0.0)
-        correlation = resample.pearson_kernel(self.x, filled, self.final.astype(np.float64))
+            why = "no run with the metric was stopped: nothing to model"
+            return missing(name, why, len(self.x), len(self.units), self.draws.level)
+        if unseen:
+            why = "runs were stopped before the metric was measured: its spread in all runs is not known"
+            return missing(name, why, len(self.x), len(self.units), self.draws.level)
+        correlation = resample.pearson_kernel(self.x, self._filled, self.final.astype(np.float64))
         a = resample.standardised(self.x)
         moments = np.stack([np.ones_like(a), a, a * a], axis=1)
 
@@ -344,23 +478,16 @@ class _Sample:
 
         return self._estimate(kernel, name, self.final)
 
-    def _estimate(self, kernel: Kernel, name: str, chosen: NDArray[np.bool_]) -> Estimate:
+    def _estimate(
+        self, kernel: Kernel, name: str, chosen: NDArray[np.bool_], drawn: Units | None = None
+    ) -> Estimate:
         """Estimate from resamples of all runs, counting those that have a final error."""
         finals = len(np.unique(self.units.of_row[chosen]))
         if finals < ENOUGH_UNITS:
             few = f"{count(finals, 'independent unit')} with a final error, fewer than {ENOUGH_UNITS}"
             return missing(name, few, int(chosen.sum()), finals, self.draws.level)
-        found = resample.estimate(kernel, self.units, name, self.draws)
-        return Estimate(
-            found.value,
-            found.low,
-            found.high,
-            int(chosen.sum()),
-            finals,
-            found.method,
-            found.level,
-            found.restriction,
-        )
+        found = resample.estimate(kernel, drawn or self.units, name, self.draws)
+        return replace(found, n=int(chosen.sum()), n_units=finals)
 
 
 def _check_probabilities(pi: Array, final: NDArray[np.bool_]) -> None:
@@ -375,6 +502,19 @@ def _check_probabilities(pi: Array, final: NDArray[np.bool_]) -> None:
             "a run without a final error has probability 1, so it should have one; mark it as failed, or "
             "give the probability with which it was to finish"
         )
+    wrong = ~final & ((pi < 0) | (pi > 1)) & np.isfinite(pi)
+    if wrong.any():
+        raise ValueError(
+            f"probability={pi[wrong][0]} of a stopped run must lie in [0, 1), or be NaN if unknown"
+        )
+
+
+def _column(values: Any, name: str, n: int) -> NDArray[Any]:
+    """Values as they are, one per row."""
+    column: NDArray[Any] = np.asarray(pd.Series(values).to_numpy())
+    if len(column) != n:
+        raise ValueError(f"{name} has {len(column)} values for {n} rows; give one per row")
+    return column
 
 
 def _flags(values: ArrayLike | None, n: int, name: str) -> NDArray[np.bool_]:

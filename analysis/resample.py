@@ -41,6 +41,9 @@ _DRAWN_VALUES = 6_000_000
 """Most values drawn for one interval or test; beyond, it draws less often, and the method says how often."""
 
 _CHUNK = 8_000_000
+_PAIRS_PER_VALUE = 20
+"""Pairs that a weighted test looks at in the time in which others draw one value."""
+
 _MOST_DELETIONS = 500
 _DELETION_GROUPS = 200
 _UNDEFINED = 0.05
@@ -177,6 +180,17 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.stratum)
+
+    def nested(self, group: Indices) -> "Units | None":
+        """The units with groups of rows as their strata, None where a unit has rows in several groups."""
+        pairs = np.unique(np.stack([self.of_row, group]), axis=1).shape[1]
+        return Units.of(len(group), self.of_row, group) if pairs == len(self) else None
+
+    def drawn_within(self, group: Indices) -> "Units":
+        """The units as drawn for rows in groups: within these if each has enough units, else over all."""
+        strata = self.nested(group)
+        sizes = np.bincount(strata.stratum) if strata is not None and len(self) else np.zeros(1)
+        return strata if strata is not None and sizes.min() >= ENOUGH_UNITS else self
 
     def counts(self, resamples: int, draw: np.random.Generator) -> Array:
         """How often each unit is drawn, shape (resamples, units): with replacement within its stratum."""
@@ -348,6 +362,26 @@ def tau_kernel(x: Indices, y: Indices, row_weights: Array | None = None) -> Kern
 
     def kernel(weights: Array) -> Array:
         concordance, scale = forms(weights)
+        return ratio(concordance, scale)
+
+    return kernel
+
+
+def within_tau_kernel(
+    x: Indices, y: Indices, groups: Sequence[Indices], row_weights: Array | None = None
+) -> Kernel:
+    """Kendall's tau-b within groups of rows: of pairs of one group, over the untied ones of all groups."""
+    forms = [
+        (rows, pair_kernel(x[rows], y[rows], None if row_weights is None else row_weights[rows]))
+        for rows in groups
+    ]
+
+    def kernel(weights: Array) -> Array:
+        concordance, scale = np.zeros(len(weights)), np.zeros(len(weights))
+        for rows, form in forms:
+            above, below = form(weights[:, rows])
+            concordance += above
+            scale += below
         return ratio(concordance, scale)
 
     return kernel
@@ -552,6 +586,58 @@ def permute_association(
     for column in np.flatnonzero(~values.any(axis=0)):
         tests[column] = replace(tests[column], p=None, restriction="no untied pair to test")
     return tuple(tests)
+
+
+def permute_weighted(
+    x: Indices, y: Indices, row_weights: Array, units: Units, draws: Draws = DRAWS
+) -> Permutation:
+    """Test that weighted tau-b within strata is 0, exchanging y with its weight between units of a stratum.
+
+    The statistic is the weighted difference of concordant and discordant pairs, over its standard error as
+    the shares of the units in it give that, in each permutation anew. The test is exact where x is
+    independent of y and weight together. Where the weights follow x, e.g. of a rule that stopped runs by it,
+    the exchange takes them apart; the standard error makes up for that in samples that are not too small.
+
+    Args:
+        x, y: dense ranks, shape (rows,).
+        row_weights: of the rows, above 0.
+        units: what is exchanged, and the strata.
+        draws: number and seed of the permutations.
+
+    Source: DiCiccio & Romano (2017), "Robust Permutation Tests for Correlation and Regression Coefficients".
+    """
+    stratum = units.stratum[units.of_row]
+    strata = [np.flatnonzero(stratum == label) for label in np.unique(stratum)]
+    pairs = sum(len(rows) ** 2 for rows in strata)
+    number = draws.permutations or permutations_for(pairs // _PAIRS_PER_VALUE)
+    by_x = _constant(x[:, None].astype(np.float64), units)
+    whole = by_x or _constant(np.stack([y, row_weights], axis=1), units)
+    indices, exact = _exchanges(units, whole, replace(draws, permutations=number))
+    if len(indices) < 2:
+        reason = "no two units can be exchanged, so there is no permutation test"
+        return Permutation(None, 0, False, len(units), reason)
+    score = np.zeros(len(indices))
+    share = np.zeros((len(indices), len(units)))
+    of_unit = np.equal.outer(units.of_row, np.arange(len(units))).astype(np.float64)
+    for rows in strata:
+        in_x = np.sign(x[rows, None] - x[rows]).astype(np.float64)
+        in_y = np.sign(y[rows, None] - y[rows]) * row_weights[rows, None] * row_weights[rows]
+        fixed, moved = (in_y, in_x.ravel()) if by_x else (in_x, in_y.ravel())
+        place = np.searchsorted(rows, indices[:, rows])
+        step = max(1, _CHUNK // len(rows) ** 2)
+        for at in range(0, len(indices), step):
+            own = place[at : at + step]
+            other = moved[own[:, :, None] * len(rows) + own[:, None, :]]
+            each = np.einsum("ij,pij->pi", fixed, other)
+            score[at : at + step] += each.sum(axis=1) / 2
+            share[at : at + step] += each @ of_unit[rows]
+    strength = np.abs(ratio(score, np.sqrt((share**2).sum(axis=1))))
+    if not strength[0] >= 0:
+        return Permutation(None, 0, False, len(units), "no untied pair to test")
+    others = np.nan_to_num(strength[0 if exact else 1 :])
+    reached = int((others >= strength[0] - 1e-9).sum())
+    p = reached / len(others) if exact else (reached + 1) / (len(others) + 1)
+    return Permutation(p, len(others), exact, len(units))
 
 
 def permutations_for(n: int) -> int:
