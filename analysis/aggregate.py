@@ -17,7 +17,7 @@ from analysis import resample
 from analysis.compare import holm
 from analysis.resample import (
     DRAWS,
-    ENOUGH_UNITS,
+    ENOUGH_FOR_BCA,
     RESOLUTION,
     Array,
     Draws,
@@ -148,7 +148,7 @@ def performance_profile(scores: Runs, thresholds: ArrayLike, *, draws: Draws = D
     drawn = units.counts(total, np.random.default_rng(draws.seed)) @ each
     tails = [(1 - draws.level) / 2, (1 + draws.level) / 2]
     low, high = np.quantile(drawn, tails, axis=0)
-    few = f"a dataset with fewer than {ENOUGH_UNITS} runs: the band may be too narrow"
+    few = f"a dataset with {count(int(sizes.min()), 'run')}: the band may be too narrow"
     return Profile(
         taus,
         share,
@@ -158,7 +158,7 @@ def performance_profile(scores: Runs, thresholds: ArrayLike, *, draws: Draws = D
         len(sizes),
         draws.level,
         f"{method}, pointwise percentile bootstrap, {count(total, 'resample')}",
-        few if sizes.min() < ENOUGH_UNITS else None,
+        few if sizes.min() < ENOUGH_FOR_BCA else None,
     )
 
 
@@ -183,7 +183,7 @@ def _stratified(kernel: Kernel, strata: Indices, name: str, draws: Draws) -> Est
         kernel, Units.of(n, strata=strata), f"{name}, within datasets", draws, correct=False
     )
     few = f"a dataset with {smallest} runs: the interval may be too narrow"
-    return found.restricted(few if smallest < ENOUGH_UNITS else None)
+    return found.restricted(few if smallest < ENOUGH_FOR_BCA else None)
 
 
 # Ranks

@@ -189,7 +189,7 @@ class Comparison:
 
 
 def compare_arms(a: ArrayLike, b: ArrayLike, draws: Draws = DRAWS) -> Comparison:
-    """Comparison of independent runs of two arms; its bootstrap intervals need five runs an arm.
+    """Comparison of independent runs of two arms; bootstrap intervals need five runs an arm, BCa ten.
 
     Raises:
         ValueError: as in `difference`.
@@ -607,7 +607,7 @@ def _over_arms(kernel: Kernel, x: Array, y: Array, name: str, draws: Draws) -> E
     n = len(x) + len(y)
     units = Units.of(n, strata=np.repeat([0, 1], [len(x), len(y)]))
     if min(len(x), len(y)) >= ENOUGH_UNITS:
-        return resample.estimate(kernel, units, name, draws)
+        return resample.estimate(kernel, units, name, draws, samples=True)
     few = f"fewer than {ENOUGH_UNITS} runs in an arm: no bootstrap interval"
     return Estimate(float(kernel(np.ones((1, n)))[0]), None, None, n, n, name, draws.level, few)
 

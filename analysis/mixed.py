@@ -191,38 +191,32 @@ def mixed_model(
         why = "all responses are equal" if spare >= 1 else f"{count(len(y), 'row')} leave no residual"
         return _unfitted(columns, groups, sizes, as_fixed, len(y), level, f"{why}: no model")
     fit = _Fit(y / scale, design, blocks)
-    sds, deviance = fit.best()
-    beta, covariance = fit.coefficients(sds)
-    terms = []
-    for name, column in columns.items():
-        label = f"slope of {name}, REML"
-        if name in lost:
-            why = f"not identifiable: fixed by the levels of {', '.join(as_fixed) or 'the other columns'}"
-            terms.append(Term(name, missing(label, why, len(y), 0, level), None))
-            continue
-        at = kept.index(name) + design.shape[1] - len(kept)
-        error = scale * math.sqrt(float(covariance[at, at]))
-        df, units = _freedom(column, design, groups, spare)
-        slope = _wald(scale * float(beta[at]), error, df, label, len(y), units, level)
-        terms.append(Term(name, slope, fit.likelihood_ratio(at)))
-    total = float((sds**2).sum())
-    parts = []
-    for index, name in enumerate((*groups, "residual")):
-        levels = sizes[name] if name in groups else len(y)
-        low, high = fit.profile(index, sds, deviance, level)
-        value = float(sds[index] ** 2) * scale**2
-        zero = "at its bound, 0" if sds[index] < 1e-4 else None
-        ends = min(low**2 * scale**2, value), max(high**2 * scale**2, value)
-        estimate = Estimate(
-            0.0 if zero else value, *ends, len(y), levels, "variance, REML with profile interval", level, zero
-        )
-        parts.append(Component(name, levels, estimate, float(sds[index] ** 2) / total))
+    try:
+        sds, deviance = fit.best()
+        beta, covariance = fit.coefficients(sds)
+        terms = []
+        for name, column in columns.items():
+            label = f"slope of {name}, REML"
+            if name in lost:
+                why = f"not identifiable: fixed by the levels of {', '.join(as_fixed) or 'the other columns'}"
+                terms.append(Term(name, missing(label, why, len(y), 0, level), None))
+                continue
+            at = kept.index(name) + design.shape[1] - len(kept)
+            error = scale * math.sqrt(float(covariance[at, at]))
+            df, units = _freedom(column, design, groups, spare)
+            slope = _wald(scale * float(beta[at]), error, df, label, len(y), units, level)
+            terms.append(Term(name, slope, fit.likelihood_ratio(at)))
+        parts = [
+            _component(fit, index, name, sizes.get(name, len(y)), sds, deviance, scale, level)
+            for index, name in enumerate((*groups, "residual"))
+        ]
+    except np.linalg.LinAlgError:
+        why = "columns and factors give the response nearly exactly: no model"
+        return _unfitted(columns, groups, sizes, as_fixed, len(y), level, why)
     notes = [
         f"{name} has {sizes[name]} levels, fewer than {FEWEST_LEVELS}: a fixed effect" for name in as_fixed
     ]
-    notes += [
-        f"the variance of {part.name} is at its bound, 0" for part in parts if part.variance.restriction
-    ]
+    notes += [f"the variance of {part.name} is at its bound, 0" for part in parts if part.variance.value == 0]
     likelihood = -deviance / 2 - (len(y) - design.shape[1]) * math.log(scale)
     return MixedModel(tuple(terms), tuple(parts), as_fixed, len(y), likelihood, "; ".join(notes) or None)
 
@@ -252,6 +246,24 @@ def within_between(
     if seed is not None:
         random["seed"] = seed
     return mixed_model(error, fixed, random, level)
+
+
+def _component(
+    fit: "_Fit", index: int, name: str, levels: int, sds: Array, deviance: float, scale: float, level: float
+) -> Component:
+    """One variance in the unit of the response, with its interval and its share of all."""
+    low, high = fit.profile(index, sds, deviance, level)
+    zero = sds[index] < 1e-4
+    value = 0.0 if zero else float(sds[index] ** 2) * scale**2
+    notes = ["at its bound, 0"] if zero else []
+    ends: tuple[float | None, float | None] = None, None
+    if high is None:
+        notes.append("the likelihood sets it no upper end: no interval")
+    else:
+        ends = min(low**2 * scale**2, value), max(high**2 * scale**2, value)
+    method = "variance, REML with profile interval"
+    variance = Estimate(value, *ends, fit.n, levels, method, level, "; ".join(notes) or None)
+    return Component(name, levels, variance, float(sds[index] ** 2 / (sds**2).sum()))
 
 
 def _unfitted(
@@ -332,30 +344,41 @@ class _Fit:
     def __init__(self, y: Array, design: Array, blocks: Sequence[Array]) -> None:
         self.n, self.p = design.shape
         self.widths = [block.shape[1] for block in blocks]
+        self.starts = np.cumsum([0, *self.widths[:-1]])
         z = np.hstack([*blocks, np.zeros((self.n, 0))])
         both = np.column_stack([design, y])
         self.zz, self.zw, self.ww = z.T @ z, z.T @ both, both.T @ both
 
-    def products(self, sds: Array, keep: Sequence[int]) -> tuple[Array, float]:
-        """W' V^-1 W for W of the kept columns and y, and log det V."""
-        columns = [*keep, self.p]
-        scale = np.repeat(sds[:-1], self.widths) / sds[-1]
-        inner = np.eye(len(scale)) + scale[:, None] * self.zz * scale
-        logdet = 2 * float(np.log(np.diag(np.linalg.cholesky(inner))).sum()) + 2 * self.n * math.log(sds[-1])
-        side = scale[:, None] * self.zw[:, columns]
-        table = self.ww[np.ix_(columns, columns)] - side.T @ np.linalg.solve(inner, side)
-        return table / sds[-1] ** 2, logdet
+    def deviance(
+        self, sds: Array, restricted: bool = True, keep: Sequence[int] | None = None
+    ) -> tuple[float, Array]:
+        """Minus twice the (restricted) log-likelihood at the best coefficients of the kept columns, and its
+        derivatives by the standard deviations.
 
-    def deviance(self, sds: Array, restricted: bool = True, keep: Sequence[int] | None = None) -> float:
-        """Minus twice the (restricted) log-likelihood, at the best coefficients of the kept columns."""
-        keep = range(self.p) if keep is None else keep
-        table, logdet = self.products(sds, keep)
+        By a variance v, with P = V^-1 - V^-1 X (X' V^-1 X)^-1 X' V^-1, that of its factor's Z is
+        tr(Z' P Z) - |Z' P y|^2; and all together, each times its v, they make n - p - y' P y.
+        """  # noqa: D205
+        columns = [*(range(self.p) if keep is None else keep), self.p]
+        noise = float(sds[-1])
+        scale = np.repeat(sds[:-1], self.widths) / noise
+        lower = np.linalg.cholesky(np.eye(len(scale)) + scale[:, None] * self.zz * scale)
+        half_z, half_w = (
+            np.linalg.solve(lower, scale[:, None] * side) for side in (self.zz, self.zw[:, columns])
+        )
+        table = (self.ww[np.ix_(columns, columns)] - half_w.T @ half_w) / noise**2  # W' V^-1 W
         factor = np.linalg.cholesky(table)  # its last diagonal entry is the root of the residual sum
         rss = float(factor[-1, -1] ** 2)
-        if not restricted:
-            return float(self.n) * math.log(2 * math.pi) + logdet + rss
-        own = 2 * float(np.log(np.diag(factor)[:-1]).sum())
-        return float(self.n - self.p) * math.log(2 * math.pi) + logdet + own + rss
+        value = 2 * float(np.log(np.diag(lower)).sum()) + 2 * self.n * math.log(noise) + rss
+        cross = np.linalg.solve(factor, ((self.zw[:, columns] - half_z.T @ half_w) / noise**2).T)
+        trace = (np.diag(self.zz) - (half_z**2).sum(axis=0)) / noise**2 - rss * cross[-1] ** 2
+        free = self.n
+        if restricted:
+            value += 2 * float(np.log(np.diag(factor)[:-1]).sum())
+            trace -= (cross[:-1] ** 2).sum(axis=0)
+            free -= len(columns) - 1
+        slopes = np.add.reduceat(trace, self.starts) if self.widths else np.empty(0)
+        last = free - rss - float(sds[:-1] ** 2 @ slopes)
+        return float(free * math.log(2 * math.pi)) + value, 2 * np.append(sds[:-1] * slopes, last / noise)
 
     def best(self, restricted: bool = True, keep: Sequence[int] | None = None) -> tuple[Array, float]:
         """Standard deviations of least deviance, and the deviance."""
@@ -363,7 +386,10 @@ class _Fit:
 
     def coefficients(self, sds: Array) -> tuple[Array, Array]:
         """Coefficients and their covariances, for these standard deviations."""
-        table, _ = self.products(sds, range(self.p))
+        scale = np.repeat(sds[:-1], self.widths) / sds[-1]
+        inner = np.eye(len(scale)) + scale[:, None] * self.zz * scale
+        side = scale[:, None] * self.zw
+        table = (self.ww - side.T @ np.linalg.solve(inner, side)) / sds[-1] ** 2
         covariance = np.asarray(np.linalg.inv(table[:-1, :-1]), dtype=np.float64)
         return covariance @ table[:-1, -1], covariance
 
@@ -373,38 +399,52 @@ class _Fit:
         gap = self.best(False, without)[1] - self.best(False)[1]
         return float(stats.chi2.sf(max(gap, 0.0), 1))
 
-    def profile(self, index: int, sds: Array, least: float, level: float) -> tuple[float, float]:
-        """Ends of the profile-likelihood interval of one standard deviation."""
+    def profile(self, index: int, sds: Array, least: float, level: float) -> tuple[float, float | None]:
+        """Ends of the profile-likelihood interval of one standard deviation; None for one beyond `_MOST`."""
         limit = float(stats.chi2.ppf(level, 1))
+        others = np.delete(sds, index)
+        residual = index < len(others)
 
         def excess(value: float) -> float:
-            def fixed(rest: Array) -> float:
-                return self.deviance(np.insert(rest, index, value))
+            def fixed(rest: Array) -> tuple[float, Array]:
+                found, slopes = self.deviance(np.insert(rest, index, value))
+                return found, np.delete(slopes, index)
 
-            if len(sds) == 1:
-                return self.deviance(np.array([value])) - least - limit
-            others = np.delete(sds, index)
-            residual = index < len(sds) - 1
+            if not len(others):
+                return self.deviance(np.array([value]))[0] - least - limit
             return self._minimise(fixed, len(others), others, residual)[1] - least - limit
 
-        floor = 0.0 if index < len(sds) - 1 else _FLOOR
+        floor = 0.0 if residual else _FLOOR
         value = float(sds[index])
         low = floor
         if value > floor and excess(floor) > 0:
-            low = float(optimize.brentq(excess, floor, value, xtol=1e-5))
+            low = float(optimize.brentq(excess, floor, value, xtol=1e-4))
         high = max(2 * value, 0.1)
         while excess(high) < 0:
             high *= 2
-        return low, float(optimize.brentq(excess, max(value, floor), high, xtol=1e-5))
+            if high > _MOST:
+                return low, None
+        return low, float(optimize.brentq(excess, max(value, floor), high, xtol=1e-4))
 
     def _minimise(
-        self, function: Callable[[Array], float], size: int, start: Array | None = None, residual: bool = True
+        self,
+        function: Callable[[Array], tuple[float, Array]],
+        size: int,
+        start: Array | None = None,
+        residual: bool = True,
     ) -> tuple[Array, float]:
-        """Minimum over standard deviations, of which the last is the residual's if `residual`, so above 0."""
-        bounds = [(0.0, None)] * (size - residual) + [(_FLOOR, None)] * residual
-        starts = [np.full(size, 0.5), np.append(np.full(size - 1, 0.05), 0.9)] if start is None else [start]
+        """Minimum over standard deviations, of which the last is the residual's if `residual`, so above 0.
+
+        At a deviation of 0 the gradient is 0, be it the minimum or not, so the search starts inside, too.
+        """
+        bounds = [(0.0, _MOST)] * (size - residual) + [(_FLOOR, _MOST)] * residual
+        starts = [np.full(size, 0.5), np.append(np.full(size - 1, 0.05), 0.9 if residual else 0.05)]
+        if start is not None:
+            starts.append(np.maximum(start, 0.02))
         found = [
-            optimize.minimize(function, one, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-13})
+            optimize.minimize(
+                function, one, method="L-BFGS-B", jac=True, bounds=bounds, options={"ftol": 1e-12}
+            )
             for one in starts
         ]
         best = min(found, key=lambda result: float(result.fun))
@@ -413,6 +453,9 @@ class _Fit:
 
 _FLOOR = 1e-3
 """Least residual standard deviation that is tried, in those of the response."""
+
+_MOST = 100.0
+"""Greatest standard deviation that is tried; beyond, sums of squares drown in rounding."""
 
 
 # Factors of a sweep

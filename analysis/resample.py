@@ -232,6 +232,7 @@ def estimate(
     draws: Draws = DRAWS,
     *,
     correct: bool = True,
+    samples: bool = False,
 ) -> Estimate:
     """A statistic with its bootstrap interval over independent units.
 
@@ -245,6 +246,8 @@ def estimate(
         name: of the statistic, for `method`.
         draws: their number and seed, and the level of the interval.
         correct: for bias and acceleration.
+        samples: whether each stratum is a sample of its own, e.g. an arm; the smallest one then counts for
+            whether there are enough units for BCa.
 
     Source: Efron (1987), "Better Bootstrap Confidence Intervals".
     """
@@ -263,12 +266,14 @@ def estimate(
     if np.ptp(good) < 1e-12:
         return plain.restricted("every resample gives the same value")
     ends, kind, restriction = None, "percentile", None
-    if correct and len(units) >= ENOUGH_FOR_BCA:
+    fewest = int(np.bincount(units.stratum).min()) if samples else len(units)
+    if correct and fewest >= ENOUGH_FOR_BCA:
         ends = bca_ends(value, good, _by_units(kernel, units, units.deletions()), level)
         kind = "BCa" if ends else kind
         restriction = None if ends else "BCa is degenerate here, so the interval is the percentile one"
     elif correct:
-        restriction = f"{len(units)} units are too few for BCa: percentile interval, which may be too narrow"
+        of = f"{fewest} units{' of a sample' if samples else ''}"
+        restriction = f"{of} are too few for BCa: percentile interval, which may be too narrow"
     low, high = ends or np.quantile(good, [(1 - level) / 2, (1 + level) / 2]).tolist()
     if high - low < 1e-12:
         return plain.restricted("nearly every resample gives the same value")
