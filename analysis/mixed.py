@@ -330,12 +330,14 @@ def _constant(column: Array, group: Indices) -> bool:
     return bool(np.allclose(column, column[first][group], rtol=0, atol=1e-9 * (1 + np.abs(column).max())))
 
 
-def _wald(value: float, error: float, df: int, name: str, n: int, n_units: int, level: float) -> Estimate:
+def _wald(value: float, error: float, df: float, name: str, n: int, n_units: int, level: float) -> Estimate:
     if df < 1:
         why = f"{count(n_units, 'unit')} leave no degree of freedom: no interval"
         return Estimate(value, None, None, n, n_units, name, level, why)
     margin = float(stats.t.ppf((1 + level) / 2, df)) * error
-    return Estimate(value, value - margin, value + margin, n, n_units, f"{name}, t with {df} df", level)
+    return Estimate(
+        value, value - margin, value + margin, n, n_units, f"{name}, t with {round(df, 1):g} df", level
+    )
 
 
 class _Fit:
@@ -503,10 +505,14 @@ def factor_sweep(
     """Analysis of variance of a sweep, with the interactions of two factors where the runs allow.
 
     Seeds that all settings share are a factor without interactions, called `seed`: its share is that of the
-    seeds, and differences between settings are taken within seeds.
+    seeds, and differences between settings are taken within seeds. A marginal mean speaks of other seeds,
+    too, so its interval holds the variance between seeds.
 
     Raises:
         ValueError: there is no factor, a value is not finite, or lengths differ.
+
+    Source: Henderson (1953), method 3, for the variance between seeds; Satterthwaite (1946) for the degrees
+    of freedom of the means.
     """
     y = finite_sample(response, "response")
     if not factors or "seed" in factors:
@@ -515,8 +521,9 @@ def factor_sweep(
     groups = {name: codes(labels, len(y), name) for name, labels in named.items()}
     cells: dict[tuple[str, ...], int] = dict(Counter(zip(*named.values(), strict=True)))
     terms: dict[tuple[str, ...], Array] = {(name,): _contrasts(group) for name, group in groups.items()}
-    if seed is not None:
-        terms["seed",] = _contrasts(codes(seed, len(y), "seed"))
+    run = None if seed is None else codes(seed, len(y), "seed")
+    if run is not None:
+        terms["seed",] = _contrasts(run)
     crossed: dict[tuple[str, ...], Array] = {
         pair: np.hstack(
             [terms[pair[:1]] * column[:, None] for column in terms[pair[1:]].T] or [np.empty((len(y), 0))]
@@ -540,7 +547,7 @@ def factor_sweep(
     rss = _rss(full.values(), y)
     noise = rss / spare
     effects = [_effect(term, full, y, total, noise, spare) for term in full]
-    means = _marginal_means(y, named, groups, full, noise, spare, level)
+    means = _marginal_means(y, named, groups, full, _mean_variance(y, full, run, noise, spare), level)
     return FactorSweep(tuple(effects), rss / total, tuple(means), cells, len(y), "; ".join(notes) or None)
 
 
@@ -566,8 +573,7 @@ def _marginal_means(
     named: Mapping[str, Sequence[str]],
     groups: Mapping[str, Indices],
     full: Mapping[tuple[str, ...], Array],
-    noise: float,
-    spare: int,
+    variance: Callable[[Array], tuple[float, float]],
     level: float,
 ) -> list[MarginalMean]:
     """Predictions averaged over all combinations of the other factors; sum-to-zero columns average to 0."""
@@ -592,11 +598,44 @@ def _marginal_means(
             if not np.allclose(weights @ design, wanted, atol=1e-8):
                 mean = missing(label, "settings without a run leave it undetermined", members, members, level)
             else:
-                value = float(weights @ y)
-                error = math.sqrt(noise * float(weights @ weights))
-                mean = _wald(value, error, spare, label, members, members, level)
+                squared, df = variance(weights)
+                mean = _wald(float(weights @ y), math.sqrt(squared), df, label, members, members, level)
             found.append(MarginalMean(name, named[name][row], mean))
     return found
+
+
+def _mean_variance(
+    y: Array,
+    full: Mapping[tuple[str, ...], Array],
+    run: Indices | None,
+    noise: float,
+    spare: int,
+) -> Callable[[Array], tuple[float, float]]:
+    """Variance of a weighted sum of responses, seeds drawn anew, and its degrees of freedom.
+
+    With s2 the variance between seeds it is noise w'w + s2 sum_s (sum of w over the runs of seed s)^2. The
+    mean square of seeds, over the other terms, has the expectation noise + size s2.
+    """
+    others = [columns for term, columns in full.items() if term != ("seed",)]
+    df = _rank(full.values(), len(y)) - _rank(others, len(y))
+
+    def fixed(weights: Array) -> tuple[float, float]:
+        return noise * float(weights @ weights), float(spare)
+
+    if run is None or df < 1:
+        return fixed
+    seeds = _indicators(run)
+    size = sum(_rss(others, column) for column in seeds.T) / df
+    square = max(_rss(others, y) - _rss(full.values(), y), 0.0) / df
+    if square <= noise:  # the estimate of s2 is at its bound, 0
+        return fixed
+
+    def drawn(weights: Array) -> tuple[float, float]:
+        share = float(((weights @ seeds) ** 2).sum()) / size
+        parts = share * square, (float(weights @ weights) - share) * noise
+        return sum(parts), sum(parts) ** 2 / (parts[0] ** 2 / df + parts[1] ** 2 / spare)
+
+    return drawn
 
 
 def _contrasts(group: Indices) -> Array:

@@ -46,7 +46,7 @@ _PAIRS_PER_VALUE = 20
 
 _MOST_DELETIONS = 500
 _DELETION_GROUPS = 200
-_UNDEFINED = 0.05
+MOST_UNDEFINED = 0.05
 """Largest share of resamples in which a statistic may be undefined and still get an interval."""
 
 
@@ -261,7 +261,7 @@ def estimate(
     total = draws.resamples or resamples_for(n)
     drawn = _by_units(kernel, units, units.counts(total, np.random.default_rng(draws.seed)))
     good = drawn[np.isfinite(drawn)]
-    if len(good) < (1 - _UNDEFINED) * total:
+    if len(good) < (1 - MOST_UNDEFINED) * total:
         return plain.restricted(f"not defined in {100 * (1 - len(good) / total):.0f} % of the resamples")
     if np.ptp(good) < 1e-12:
         return plain.restricted("every resample gives the same value")

@@ -13,6 +13,7 @@ from scipy import special
 from analysis.resample import (
     DRAWS,
     ENOUGH_UNITS,
+    MOST_UNDEFINED,
     RESOLUTION,
     Array,
     Draws,
@@ -70,7 +71,8 @@ def selection(
     """Quality of the k runs of lowest (or highest) metric.
 
     Intervals are percentile ones over resampled units, from 999 resamples unless `draws` says otherwise; in
-    each of them the best run is that of the resample.
+    each of them the best run is that of the resample. Units of several rows make resamples of other sizes:
+    those with fewer rows than k or top are left out, up to one in twenty.
 
     Args:
         metric, error: of all runs of a pool; all finite.
@@ -127,11 +129,26 @@ def expected_best(values: ArrayLike, n: int, lowest: bool = False) -> float:
     return -best if lowest else best
 
 
+def share_at_least_as_good(error: float, space: ArrayLike, resolution: float = RESOLUTION) -> float:
+    """Share of a space whose errors are all known that is at least as good as an error: q of `random_policy`.
+
+    q = (architectures of the space with error <= this one's) / (architectures of the space); closer errors
+    than the resolution are equal, and the architecture itself counts where it is of the space.
+
+    Raises:
+        ValueError: the space is empty, or an error is not finite.
+    """
+    known, own = finite_sample(space, "space"), finite_sample([error], "error")
+    if not len(known):
+        raise ValueError("space is empty; give the true error of every architecture in it")
+    return float(np.mean(np.rint(known / resolution) <= np.rint(own / resolution)))
+
+
 def random_policy(share: float, n: int) -> float:
     """Probability that n random architectures are all strictly worse than one: (1 - share)^n.
 
     Args:
-        share: of the space that is at least as good as the one.
+        share: of the space that is at least as good as the one, see `share_at_least_as_good`.
         n: random draws, independent.
 
     Source: Yu et al. (2020); some print this number, some its complement, under one name.
@@ -195,7 +212,10 @@ def _interval(value: float, drawn: Array, name: str, n: int, n_units: int, level
         few = f"{count(n_units, 'independent unit')}, fewer than {ENOUGH_UNITS}: no interval"
         return Estimate(value, None, None, n, n_units, name, level, few)
     good = drawn[np.isfinite(drawn)]
-    if len(good) < len(drawn) or np.ptp(good) < 1e-12:
+    if len(good) < (1 - MOST_UNDEFINED) * len(drawn):
+        lacking = f"{100 * (1 - len(good) / len(drawn)):.0f} % of the resamples hold too few rows"
+        return Estimate(value, None, None, n, n_units, name, level, f"{lacking}: no interval")
+    if np.ptp(good) < 1e-12:
         why = "every resample gives the same value: no interval"
         return Estimate(value, None, None, n, n_units, name, level, why)
     low, high = np.quantile(good, [(1 - level) / 2, (1 + level) / 2]).tolist()
