@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from analysis import mixed
 from analysis.mixed import components, factor_sweep, mixed_model, noise_ceiling, within_between
 from analysis.resample import Estimate
 
@@ -132,6 +133,100 @@ def test_a_mixed_model_is_the_maximum_of_the_dense_likelihood() -> None:
     assert found.terms[0].slope.value == pytest.approx(beta[1], rel=1e-4)
 
 
+def dense_deviance(sds: Array, y: Array, design: Array, groups: list[Array]) -> float:
+    """Minus twice the restricted likelihood from the n x n covariance matrix."""
+    v = sds[-1] ** 2 * np.eye(len(y))
+    for sd, group in zip(sds, groups, strict=False):
+        v += sd**2 * np.equal.outer(group, group)
+    inverse = np.linalg.inv(v)
+    info = design.T @ inverse @ design
+    rest = y - design @ np.linalg.solve(info, design.T @ inverse @ y)
+    free = (len(y) - design.shape[1]) * math.log(2 * math.pi)
+    return float(free + np.linalg.slogdet(v)[1] + np.linalg.slogdet(info)[1] + rest @ inverse @ rest)
+
+
+def random_sweep(seed: int) -> tuple[Array, Array, Array, Array]:
+    """Metric, error, setting and seed of a sweep of 6 x 5 runs whose variances are large, small or 0."""
+    draw = np.random.default_rng(seed)
+    setting, run = np.repeat(np.arange(6), 5), np.tile(np.arange(5), 6)
+    x, noise = draw.standard_normal((2, 30))
+    spreads = draw.choice([0, 0.3, 1], 2)
+    y = 0.5 * x + spreads[0] * draw.standard_normal(6)[setting] + spreads[1] * draw.standard_normal(5)[run]
+    return x, y + noise, setting, run
+
+
+def test_the_search_for_the_maximum_ends_at_it_on_ordinary_data() -> None:
+    """Without an upper bound a line search jumps to deviations where nothing can be computed."""
+    for seed in range(60):
+        x, y, setting, run = random_sweep(seed)
+        y = y / y.std()
+        design = np.column_stack([np.ones(30), x])
+        fit = mixed._Fit(y, design, [mixed._indicators(setting), mixed._indicators(run)])
+        sds, least = fit.best()
+        assert least == pytest.approx(dense_deviance(sds, y, design, [setting, run]))
+        for other in np.random.default_rng(seed).uniform([0, 0, 0.2], [1.5, 1.5, 1.5], (20, 3)):
+            assert least < dense_deviance(other, y, design, [setting, run]) + 1e-6
+        slopes = fit.deviance(sds)[1]
+        assert np.abs(slopes[sds > 0.01]).max() < 0.01
+        lifted = np.maximum(sds, 1e-3)
+        assert (fit.deviance(lifted)[1][sds <= 0.01] > -1e-3).all()  # no way down from a bound
+
+
+@pytest.mark.parametrize("restricted", [True, False])
+def test_derivatives_of_the_likelihood_are_those_of_differences(restricted: bool) -> None:
+    x, y, setting, run = random_sweep(1)
+    blocks = [mixed._indicators(setting), mixed._indicators(run)]
+    fit = mixed._Fit(y, np.column_stack([np.ones(30), x]), blocks)
+    at = np.array([0.4, 0.2, 0.7])
+    found = fit.deviance(at, restricted)[1]
+    for index in range(3):
+        step = 1e-5 * (np.arange(3) == index)
+        ends = fit.deviance(at + step, restricted)[0] - fit.deviance(at - step, restricted)[0]
+        assert found[index] == pytest.approx(ends / 2e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 5])
+def test_profile_intervals_are_those_of_the_dense_likelihood(seed: int) -> None:
+    """At an end, the best deviance with that variance held fixed lies chi-squared's quantile above the least."""
+    x, y, setting, run = random_sweep(seed)
+    design = np.column_stack([np.ones(30), x])
+    found = mixed_model(y, {"x": x}, {"setting": setting, "seed": run})
+    variances = [part.variance for part in found.components]
+    assert found.log_likelihood is not None
+
+    def excess(index: int, variance: float) -> float:
+        def fixed(rest: Array) -> float:
+            return dense_deviance(
+                np.insert(np.abs(rest), index, math.sqrt(variance)), y, design, [setting, run]
+            )
+
+        starts = ([0.02, 0.02], [0.02, 0.8], [0.8, 0.02], [0.8, 0.8])
+        tried = [optimize.minimize(fixed, start, method="Nelder-Mead").fun for start in starts]
+        return float(min(tried)) + 2 * found.log_likelihood
+
+    limit = float(stats.chi2.ppf(0.95, 1))
+    for index, one in enumerate(variances):
+        assert one.low is not None
+        assert one.high is not None
+        assert excess(index, one.high) == pytest.approx(limit, abs=0.02)
+        if one.low > 0:
+            assert excess(index, one.low) == pytest.approx(limit, abs=0.05)
+        else:
+            assert excess(index, 0.0) <= limit + 0.02
+
+
+def test_a_likelihood_that_cannot_be_computed_is_a_restriction(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise np.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(mixed._Fit, "best", fail)
+    x, y, setting, run = random_sweep(0)
+    found = mixed_model(y, {"x": x}, {"setting": setting, "seed": run})
+    assert found.restriction == "columns and factors give the response nearly exactly: no model"
+    assert found.terms[0].slope.value is None
+    assert [part.name for part in found.components] == ["setting", "seed", "residual"]
+
+
 def test_a_mixed_model_agrees_with_published_software() -> None:
     """Values of MixedLM of statsmodels 0.15: crossed variance components by REML, tests by ML."""
     found = within_between(*crossed())
@@ -255,8 +350,17 @@ def test_a_balanced_sweep_is_the_classical_analysis_of_variance() -> None:
     assert found.cells["1", "0"] == 4
     means = {(one.factor, one.level): one.mean for one in found.means}
     assert means["K", "4"].value == pytest.approx(cube[2].mean())
-    margin = stats.t.ppf(0.975, 15) * math.sqrt(noise / 8)
+    # Four seeds in six cells each: the variance between them is (mean square - noise) / 6.
+    between = squares["seed"] / 3
+    parts = between / 24, (1 / 8 - 1 / 24) * noise
+    assert sum(parts) == pytest.approx(noise / 8 + (between - noise) / 6 / 4)
+    df = sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 15)
+    margin = stats.t.ppf(0.975, df) * math.sqrt(sum(parts))
     assert means["K", "4"].high == pytest.approx(cube[2].mean() + margin)
+    alone = {(one.factor, one.level): one.mean for one in factor_sweep(y, factors).means}
+    pure = ((cube - cube.mean(axis=2, keepdims=True)) ** 2).sum() / 18
+    margin = stats.t.ppf(0.975, 18) * math.sqrt(pure / 8)
+    assert alone["K", "4"].high == pytest.approx(cube[2].mean() + margin)
 
 
 def test_main_effects_of_an_unbalanced_sweep_are_those_without_interactions() -> None:
@@ -287,6 +391,51 @@ def test_marginal_means_weigh_combinations_alike_however_many_runs_they_hold() -
     cells = [y[4:14].mean(), y[14:].mean()]
     means = {(one.factor, one.level): one.mean.value for one in found.means}
     assert means["a", "1"] == pytest.approx(np.mean(cells))
+
+
+def test_marginal_means_of_an_unbalanced_sweep_are_those_of_least_squares() -> None:
+    y, factors, run = grid()
+    keep = np.arange(24) % 7 != 3
+    y, k, norm, run = y[keep], factors["K"][keep], factors["edge_norm"][keep], run[keep]
+    n = len(y)
+    cell = 10 * k + norm
+    cells, seeds = (np.equal.outer(side, np.unique(side)).astype(float) for side in (cell, run))
+    design = np.hstack([cells, seeds[:, 1:]])
+    inverse = np.linalg.inv(design.T @ design)
+    rest = y - design @ inverse @ design.T @ y
+    spare = n - design.shape[1]
+    noise = rest @ rest / spare
+    outside = np.eye(n) - cells @ np.linalg.inv(cells.T @ cells) @ cells.T  # what cells do not explain
+    df = seeds.shape[1] - 1
+    square = (y @ outside @ y - rest @ rest) / df
+    between = (square - noise) / (np.trace(seeds.T @ outside @ seeds) / df)
+    assert between > 0
+    means = {(one.factor, one.level): one.mean for one in factor_sweep(y, {"K": k, "norm": norm}, run).means}
+    for level in (1, 2, 4):
+        # The mean of the cells at this level, and of the four seeds.
+        wanted = np.array([*(0.5 * (np.unique(cell) // 10 == level)), 0.25, 0.25, 0.25])
+        w = wanted @ inverse @ design.T
+        found = means["K", str(level)]
+        assert found.value == pytest.approx(w @ y)
+        variance = noise * w @ w + between * ((w @ seeds) ** 2).sum()
+        share = ((w @ seeds) ** 2).sum() / (square - noise) * between
+        parts = share * square, (w @ w - share) * noise
+        freedom = sum(parts) ** 2 / (parts[0] ** 2 / df + parts[1] ** 2 / spare)
+        assert found.high == pytest.approx(w @ y + stats.t.ppf(0.975, freedom) * math.sqrt(variance))
+
+
+def test_the_interval_of_a_marginal_mean_holds_that_of_other_seeds() -> None:
+    """Five seeds that all settings share are five draws, however many runs there are."""
+    setting, run = np.repeat(np.arange(4), 5), np.tile(np.arange(5), 4)
+    hits = []
+    for seed in range(300):
+        draw = np.random.default_rng(seed)
+        y = draw.standard_normal(5)[run] + 0.2 * draw.standard_normal(20)
+        mean = factor_sweep(y, {"K": setting}, run).means[0].mean
+        assert mean.low is not None
+        assert mean.high is not None
+        hits.append(mean.low <= 0 <= mean.high)
+    assert np.mean(hits) == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 300))
 
 
 def test_sweeps_say_what_they_lack() -> None:
