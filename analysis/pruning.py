@@ -39,6 +39,9 @@ from analysis.resample import (
 LEAST_EFFECTIVE = 10
 """Effective number of finals below which a weighted association gets a warning."""
 
+LEAST_STOOD_FOR = 0.75
+"""Sum of weights, in shares of the runs that it should add up to, below which there is a warning, too."""
+
 
 @dataclass(frozen=True)
 class PrunedAssociation:
@@ -403,7 +406,13 @@ class _Sample:
         found = self._estimate(kernel, name, self.final, self.units.drawn_within(of_row))
         size = effective_n(weights)
         if found.value is not None and size is not None and size < LEAST_EFFECTIVE:
-            found = found.restricted(f"{size:.1f} effective runs: a few weights decide the number")
+            few = f"{size:.1f} effective runs: a few weights decide the number, its interval is too narrow"
+            found = found.restricted(few)
+        stood_for = float(weights.sum()) / max(len(weights), 1)
+        if found.value is not None and stood_for < LEAST_STOOD_FOR:
+            # By bad luck nobody went on of a kind that few were let go on of: weights seem even, and are not.
+            part = f"the finals stand for {100 * stood_for:.0f} % of the runs: some kinds of them have none"
+            found = found.restricted(f"{part}, so the number leans to those that have")
         chosen = np.flatnonzero(self.final)
         own = Units.of(len(chosen), self.units.of_row[chosen])
         strata = own.nested(of_row[chosen])

@@ -185,9 +185,9 @@ def test_derivatives_of_the_likelihood_are_those_of_differences(restricted: bool
         assert found[index] == pytest.approx(ends / 2e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", [0, 2, 5])
+@pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_profile_intervals_are_those_of_the_dense_likelihood(seed: int) -> None:
-    """At an end, the best deviance with that variance held fixed lies chi-squared's quantile above the least."""
+    """At an end, the best deviance with that variance fixed is chi-squared's quantile above the least."""
     x, y, setting, run = random_sweep(seed)
     design = np.column_stack([np.ones(30), x])
     found = mixed_model(y, {"x": x}, {"setting": setting, "seed": run})
@@ -428,14 +428,14 @@ def test_the_interval_of_a_marginal_mean_holds_that_of_other_seeds() -> None:
     """Five seeds that all settings share are five draws, however many runs there are."""
     setting, run = np.repeat(np.arange(4), 5), np.tile(np.arange(5), 4)
     hits = []
-    for seed in range(300):
+    for seed in range(200):
         draw = np.random.default_rng(seed)
         y = draw.standard_normal(5)[run] + 0.2 * draw.standard_normal(20)
         mean = factor_sweep(y, {"K": setting}, run).means[0].mean
         assert mean.low is not None
         assert mean.high is not None
         hits.append(mean.low <= 0 <= mean.high)
-    assert np.mean(hits) == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 300))
+    assert np.mean(hits) == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 200))
 
 
 def test_sweeps_say_what_they_lack() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from analysis.pruning import (
     association,
     completion_probability,
     failure_dependence,
+    inverse_probability,
     tau_bounds,
     weighted_tau,
+    weighted_within,
 )
-from analysis.resample import Draws
+from analysis.resample import Draws, Estimate, Units
 
 Array = NDArray[np.float64]
 
@@ -28,19 +31,24 @@ RHO = math.sin(math.pi * TRUTH / 2)
 pairs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 4)), min_size=3, max_size=12)
 
 
-def study(seed: int, n: int = 150, pi: float = 0.3) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-    """Metric, final error, probability of a final, and whether the rung's rule stopped the run.
+def study(
+    seed: int, n: int = 150, pi: float = 0.3, rungs: int = 1
+) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+    """Metric, final error, probability of a final, and whether a rung's rule stopped the run.
 
-    Metric and error are bivariate normal with tau 0.5. The rule stops the worse half by the metric; a stopped
-    run goes on to its final error with probability pi.
+    Metric and error are bivariate normal with tau 0.5. The rule stops the worse half by the metric of those
+    that reach a rung; a stopped run goes on, to its final error after the last, with probability pi.
     """
     draw = np.random.default_rng(seed)
     x, noise = draw.standard_normal((2, n))
     y = RHO * x + math.sqrt(1 - RHO**2) * noise
-    stopped = x > np.median(x)
-    probability = np.where(stopped, pi, 1.0)
-    y[draw.random(n) >= probability] = np.nan
-    return x, y, probability, stopped
+    stopped, probability, there = np.zeros(n, bool), np.ones(n), np.ones(n, bool)
+    for _ in range(rungs):
+        marked = there & (x > np.median(x[there]))
+        probability[marked] *= pi
+        there &= ~marked | (draw.random(n) < pi)
+        stopped |= marked
+    return x, np.where(there, y, np.nan), probability, stopped
 
 
 # The estimator
@@ -96,6 +104,30 @@ def test_survivors_underestimate_and_weights_recover_the_truth() -> None:
     assert 0.92 <= hits / repeats <= 0.97
 
 
+@pytest.mark.slow
+def test_the_default_design_covers_the_truth_with_one_rung_and_says_where_two_leave_too_little() -> None:
+    repeats, hits, silent = 500, 0, 0
+    for seed in range(repeats):
+        one, two = (
+            _weighted(*study(seed, pi=0.15, rungs=rungs)[:3], Draws(resamples=499, seed=seed))
+            for rungs in (1, 2)
+        )
+        assert one.low is not None
+        assert one.high is not None
+        hits += one.low <= TRUTH <= one.high
+        within = two.low is not None and two.high is not None and two.low <= TRUTH <= two.high
+        silent += not within and two.restriction is None
+    assert 0.90 <= hits / repeats <= 0.97
+    assert silent / repeats <= 0.05
+
+
+def _weighted(x: Array, y: Array, probability: Array, draws: Draws) -> Estimate:
+    """Weighted tau-b as `association` gives it, without what else it computes."""
+    return weighted_within(
+        x, y, probability, np.zeros(len(x)), draws=replace(draws, permutations=99)
+    ).estimate
+
+
 def _weighted_only(x: Array, y: Array, probability: Array, draws: Draws) -> tuple[float, float, float]:
     """Weighted tau and its interval by the parts that `association` is made of."""
     final = np.isfinite(y)
@@ -135,6 +167,134 @@ def test_all_weighted_associations_and_the_audit_subset_hold_the_truth() -> None
     assert all(0.91 <= hit / repeats <= 0.98 for hit in hits.values()), hits
 
 
+# Within groups, and tests
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.integers(0, 4)] * 2, st.sampled_from([0.2, 0.5, 1.0]), st.booleans()),
+        min_size=9,
+        max_size=12,
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_weighted_tau_within_groups_is_the_sum_over_their_pairs(
+    rows: list[tuple[int, int, float, bool]],
+) -> None:
+    x, y, pi, final = (np.array(side, dtype=np.float64) for side in zip(*rows, strict=True))
+    final = (final > 0) | (pi == 1)
+    y[~final] = np.nan
+    group = np.arange(len(x)) % 2
+    above = below = 0.0
+    for label in (0, 1):
+        score, in_x, in_y = 0.0, 0.0, 0.0
+        for i, j in itertools.combinations(np.flatnonzero(final & (group == label)), 2):
+            both = 1 / (pi[i] * pi[j])
+            score += both * np.sign(x[i] - x[j]) * np.sign(y[i] - y[j])
+            in_x += both * (x[i] != x[j])
+            in_y += both * (y[i] != y[j])
+        above, below = above + score, below + math.sqrt(in_x * in_y)
+    draws = Draws(resamples=99, permutations=99)
+    found = weighted_within(x, y, pi, group, draws=draws)
+    if final.sum() < 5 or below == 0:
+        assert (found.estimate.value, found.test.p) == (None, None)
+        return
+    assert found.estimate.value == pytest.approx(above / below)
+    assert (found.estimate.n, found.estimate.n_units) == (final.sum(), final.sum())
+
+
+def standardised(x: Array, y: Array, w: Array, group: Array) -> float:
+    """Weighted score of the pairs within groups, over the root of the sum of squares of the runs' shares."""
+    shares = [
+        sum(
+            w[i] * w[j] * np.sign(x[i] - x[j]) * np.sign(y[i] - y[j])
+            for j in range(len(x))
+            if group[i] == group[j]
+        )
+        for i in range(len(x))
+    ]
+    return abs(sum(shares) / 2) / math.sqrt(sum(share**2 for share in shares))
+
+
+def test_the_p_value_goes_through_all_orders_within_groups() -> None:
+    x, y = np.array([1.0, 2, 3, 4, 1, 5, 2, 2]), np.array([3.0, 1, 4, 4, 2, 9, 6, 5])
+    pi, group = np.array([1, 0.2, 1, 0.5, 0.2, 1, 1, 0.5]), np.repeat([0, 1], 4)
+    values = []
+    for a in itertools.permutations(range(4)):
+        for b in itertools.permutations(range(4, 8)):
+            order = [*a, *b]
+            values.append(standardised(x, y[order], 1 / pi[order], group))
+    expected = np.mean(np.array(values) >= values[0] - 1e-9)
+    found = weighted_within(x, y, pi, group).test
+    assert (found.p, found.permutations, found.exact) == (pytest.approx(expected), 576, True)
+
+
+@pytest.mark.parametrize("stopped_by", ["another", "the metric"])
+def test_p_values_of_weighted_associations_are_uniform_without_any(stopped_by: str) -> None:
+    """Whether the rule goes by the metric, or by what goes with the error, and settings move both."""
+    p = []
+    for seed in range(300):
+        draw = np.random.default_rng(seed)
+        x, other, noise = draw.standard_normal((3, 48))
+        setting = np.arange(48) % 3
+        by, y = (x, noise) if stopped_by == "the metric" else (other, other + noise)
+        probability = np.where(by > np.median(by), 0.3, 1.0)
+        final = draw.random(48) < probability
+        ranks = (resample.dense_ranks(side[final], 1e-6) for side in (x + setting, y + setting))
+        units = Units.of(int(final.sum()), strata=setting[final])
+        draws = Draws(permutations=99, seed=seed)
+        found = resample.permute_weighted(*ranks, 1 / probability[final], units, draws)
+        p.append(found.p)
+    share = np.mean(np.array(p) <= 0.1)
+    assert share == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 300))
+
+
+def test_a_weighted_association_that_is_there_is_found() -> None:
+    x, y, probability, _ = study(0, n=60)
+    found = association(x, y, probability=probability, draws=Draws(resamples=99))
+    assert found.test.p is not None
+    assert found.test.p < 0.01
+    assert association(x, y, draws=Draws(resamples=99)).test.p is None
+
+
+def test_rows_of_one_unit_are_no_further_evidence() -> None:
+    x, y, probability, _ = study(3, n=16, pi=0.5)
+    copies = np.repeat(np.arange(16), 3)
+    draws = Draws(resamples=99, permutations=999)
+    once = weighted_within(x, y, probability, np.zeros(16), draws=draws)
+    found = weighted_within(
+        x[copies], y[copies], probability[copies], np.zeros(48), units=copies, draws=draws
+    )
+    assert found.test.n_units == once.test.n_units
+    assert found.test.p == pytest.approx(once.test.p, abs=0.05)
+    across = weighted_within(
+        x[copies], y[copies], probability[copies], np.arange(48) % 2, units=copies, draws=draws
+    )
+    assert across.test.restriction == "units lie in several groups: no permutation within them"
+
+
+def test_a_stopped_run_without_a_known_chance_means_no_design() -> None:
+    x, y, probability, _ = study(0)
+    lost = np.flatnonzero(np.isnan(y))[0]
+    for chance in (0.0, np.nan):
+        probability[lost] = chance
+        assert inverse_probability(probability, y) is None
+        found = association(x, y, probability=probability, draws=Draws(resamples=99))
+        assert (found.weighted, found.headline.value) == ({}, None)
+        within = weighted_within(x, y, probability, np.zeros(150))
+        assert (within.estimate.value, within.test.p) == (None, None)
+    probability[lost] = 1.5
+    with pytest.raises(ValueError, match=r"probability=1\.5 of a stopped run must lie in \[0, 1\)"):
+        association(x, y, probability=probability)
+
+
+def test_finals_that_stand_for_few_of_the_runs_are_said() -> None:
+    x, y, probability, _ = study(0)
+    y[probability < 1] = np.nan  # by bad luck none of the stopped half went on
+    found = association(x, y, probability=probability, draws=Draws(resamples=99)).headline
+    assert "the finals stand for 50 % of the runs" in (found.restriction or "")
+
+
 # What a study says
 
 
@@ -170,6 +330,25 @@ def test_without_a_design_there_is_no_headline() -> None:
     assert found.bounds is not None
     assert found.bounds[0] < found.survivors.value < found.bounds[1]
     assert found.model.method.startswith("Kendall's tau-b, model-based (bivariate normal")
+
+
+def test_runs_stopped_before_they_had_the_metric_are_missing_from_all_that_remain() -> None:
+    x, y, _, _ = study(0, n=60, pi=1.0)
+    ended = np.arange(60) < 24
+    x[ended], y[ended] = np.nan, np.nan
+    found = association(x, y, stopped=ended, draws=Draws(resamples=99))
+    assert (found.n_used, found.n_stopped, found.n_unseen, found.n_no_metric) == (36, 24, 24, 0)
+    assert found.headline.value is None
+    assert found.bounds is None
+    assert found.model.value is None
+    assert "conditional on survival" in (found.survivors.restriction or "")
+    assert found.restriction == "24 runs stopped before the metric was measured"
+    # With a design, finals stand for them.
+    probability = np.where(ended | (np.arange(60) < 30), 0.2, 1.0)
+    weighted = association(x, y, stopped=ended, probability=probability, draws=Draws(resamples=99))
+    assert weighted.headline.value == pytest.approx(weighted_tau(x[24:], y[24:], 1 / probability[24:]))
+    unknown = np.where(ended, np.nan, 1.0)
+    assert association(x, y, stopped=ended, probability=unknown).weighted == {}
 
 
 def test_without_pruning_the_headline_is_plain() -> None:
@@ -263,6 +442,27 @@ def test_bounds_are_the_extremes_over_all_orders(x: list[int], y: list[int], mis
         stats.kendalltau(x, [*values, *known]).statistic for values in itertools.permutations(places, missing)
     ]
     assert (min(taus), max(taus)) == pytest.approx(tau_bounds(x, [*[np.nan] * missing, *known]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=4, max_size=6), st.integers(1, 2))
+def test_bounds_hold_for_ties_of_the_metric_and_of_known_errors(
+    rows: list[tuple[int, int]], missing: int
+) -> None:
+    """Extremes over all errors of the stopped runs that tie with no other."""
+    x, y = np.array(rows, dtype=np.float64).T
+    known = y[missing:]
+    places = np.concatenate(
+        [np.unique(known) - 0.4, np.unique(known) - 0.2, [known.max() + 0.2, known.max() + 0.4]]
+    )
+    found = tau_bounds(x, [*[np.nan] * missing, *known])
+    if np.ptp(x) == 0:
+        assert found is None
+        return
+    taus = [
+        stats.kendalltau(x, [*values, *known]).statistic for values in itertools.permutations(places, missing)
+    ]
+    assert found == pytest.approx((min(taus), max(taus)))
 
 
 def test_bounds_without_a_spread_of_the_metric_do_not_exist() -> None:
