@@ -113,9 +113,28 @@ def test_a_performance_profile_is_the_share_of_runs_above() -> None:
     assert (found.low <= found.share).all()
     assert (found.share <= found.high).all()
     assert (found.n, found.n_datasets) == (6, 2)
-    assert "fewer than 5 runs" in (found.restriction or "")
+    assert found.restriction == "a dataset with 2 runs: the band may be too narrow"
     assert performance_profile({"a": [0.2]}, [0.1]).low is None
-    assert performance_profile(scores(), [0.5]).restriction is None
+    assert performance_profile(scores(runs=9), [0.5]).restriction is not None
+    assert performance_profile(scores(runs=10), [0.5]).restriction is None
+
+
+def test_intervals_of_improvement_and_profiles_are_the_bootstrap_of_runs_within_datasets() -> None:
+    a, b = scores(0, runs=12), scores(1, runs=10)
+    draw = np.random.default_rng(1)
+    repeats, taus = 4_000, np.array([0.3, 0.6])
+    wins, shares = np.zeros(repeats), np.zeros((repeats, 2))
+    for name in a:
+        x, y = (draw.choice(side[name], (repeats, len(side[name]))) for side in (a, b))
+        wins += (x[:, :, None] > y[:, None, :]).mean(axis=(1, 2)) / len(a)
+        wins += 0.5 * (x[:, :, None] == y[:, None, :]).mean(axis=(1, 2)) / len(a)
+        shares += (x[:, :, None] > taus).mean(axis=1) / len(a)
+    tails = [0.025, 0.975]
+    found = probability_of_improvement(a, b)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(wins, tails)), abs=0.012)
+    profile = performance_profile(a, taus)
+    assert profile.low == pytest.approx(np.quantile(shares, tails[0], axis=0), abs=0.03)
+    assert profile.high == pytest.approx(np.quantile(shares, tails[1], axis=0), abs=0.03)
 
 
 def test_the_area_under_a_profile_is_the_mean_score() -> None:

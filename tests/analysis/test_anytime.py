@@ -1,5 +1,7 @@
 """Incumbents are chosen on validation and paid for end to end; curves and times agree with scipy."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -174,6 +176,25 @@ def test_the_median_counts_runs_that_never_reach_the_target() -> None:
     assert found.median.low is not None
     assert found.median.high is not None
     assert found.median.low < 13 < found.median.high
+
+
+def test_the_interval_of_the_median_holds_the_times_at_which_one_half_is_not_refused() -> None:
+    """Brookmeyer and Crowley: times where the interval of the share, here scipy's, holds one half."""
+    draw = np.random.default_rng(0)
+    time, reached = draw.permutation(np.arange(1, 31)), draw.random(30) < 0.8
+    found = time_to_target(
+        [flat(t, 0.1 if hit else 0.9, t) for t, hit in zip(time, reached, strict=True)], 0.5
+    )
+    reference = stats.ecdf(stats.CensoredData(uncensored=time[reached], right=time[~reached])).sf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of an interval at 0 and 1
+        interval = reference.confidence_interval(method="log-log")
+    events = np.sort(time[reached])
+    low, high = (side.evaluate(events) for side in (interval.low, interval.high))
+    held = events[(low <= 0.5) & (high > 0.5)]
+    assert found.median.value == events[reference.evaluate(events) <= 0.5][0]
+    # The share holds from one event to the next, at which the upper end falls to one half.
+    assert (found.median.low, found.median.high) == (held[0], events[high <= 0.5][0])
 
 
 def test_the_target_is_reached_by_the_incumbent_and_not_by_a_lucky_test_error() -> None:

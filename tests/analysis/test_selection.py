@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.resample import Draws
-from analysis.selection import expected_best, random_policy, selection
+from analysis.selection import expected_best, random_policy, selection, share_at_least_as_good
 
 pools = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=2, max_size=6)
 FEW = Draws(resamples=99)
@@ -107,6 +107,21 @@ def test_selection_has_intervals_over_units_and_says_where_it_has_none() -> None
     assert selection(error, error, 5).regret.restriction == "every resample gives the same value: no interval"
 
 
+def test_resamples_with_too_few_rows_are_tolerated_up_to_one_in_twenty_and_said_beyond() -> None:
+    draw = np.random.default_rng(0)
+    units = np.repeat(np.arange(10), [1] * 9 + [11])  # most rows are one unit's
+    error = draw.standard_normal(20)
+    metric = error + draw.standard_normal(20)
+    few = selection(metric, error, 15, units=units).regret
+    assert few.low is None
+    assert "of the resamples hold too few rows: no interval" in (few.restriction or "")
+    even = np.repeat(np.arange(10), [1] * 5 + [3] * 5)
+    some = selection(metric, error, 12, units=even)
+    assert some.precision.low is not None
+    drawn = np.random.default_rng(1).choice([1] * 5 + [3] * 5, (10_000, 10)).sum(axis=1)
+    assert 0 < np.mean(drawn < 12) < 0.05
+
+
 def test_k_and_values_are_checked() -> None:
     with pytest.raises(ValueError, match="k=4 and top=4 must lie within 1 and the 3 runs"):
         selection([1, 2, 3], [1, 2, 3], 4)
@@ -142,3 +157,18 @@ def test_random_policy() -> None:
     assert random_policy(0.1, 10) == pytest.approx(0.9**10)
     with pytest.raises(ValueError, match="must lie in"):
         random_policy(1.1, 1)
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=6), st.integers(1, 3))
+def test_the_share_at_least_as_good_gives_the_chance_against_random_draws(space: list[int], n: int) -> None:
+    own = space[0]
+    share = share_at_least_as_good(own / 10, [error / 10 for error in space])
+    assert share == sum(error <= own for error in space) / len(space)
+    draws = list(itertools.product(space, repeat=n))
+    assert random_policy(share, n) == pytest.approx(np.mean([min(draw) > own for draw in draws]))
+
+
+def test_the_share_needs_a_space() -> None:
+    assert share_at_least_as_good(0.1 + 0.2, [0.3, 0.4]) == 0.5
+    with pytest.raises(ValueError, match="space is empty"):
+        share_at_least_as_good(0.1, [])
