@@ -234,7 +234,7 @@ def association(
         if n_failed
         else "",
         f"{count(unseen, 'run')} stopped before the metric was measured" if unseen else "",
-        "all runs were stopped" if n_stopped and not final.any() else "",
+        "all runs were stopped" if n_stopped and not np.isfinite(y).any() else "",
     ]
     return PrunedAssociation(
         headline=headline,
