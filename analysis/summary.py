@@ -123,7 +123,7 @@ def judged(tables: Tables) -> tuple[Claim, ...]:
     tables = by_search(tables)
     pairs = _pairs(tables)
     results = {pair: _compared(tables, *pair) for pair in pairs}
-    doubts = {pair: _doubt(tables, pair) for pair in pairs}
+    doubts = {pair: doubt(*((tables, arm) for arm in pair)) for pair in pairs}
     p_values = {
         pair: result.p
         for pair, result in results.items()
@@ -137,6 +137,21 @@ def judged(tables: Tables) -> tuple[Claim, ...]:
         sentence = _claim(tables, pair, result, p, doubts[pair])
         found.append(Claim(*pair, result, p, doubts[pair], answer, sentence))
     return tuple(found)
+
+
+def doubt(*sides: tuple[Tables, str]) -> str | None:
+    """Why the finished runs of some arms allow no verdict, and of which arms that is said; None if they do.
+
+    Each arm comes with the tables of its study, one row per search.
+    """
+    arms: dict[str, list[str]] = {}
+    for tables, name in sides:
+        if reason := _dependence(tables, name):
+            arms.setdefault(reason, []).append(name)
+    found = [f"{reason} ({', '.join(names)})" for reason, names in arms.items()]
+    if not found and (shared := _shared(*sides)):
+        found = [f"{shared} of their searches found one network and share its retrainings"]
+    return "; ".join(found) or None
 
 
 def claims(tables: Tables) -> list[str]:
@@ -274,15 +289,17 @@ def _dependence(tables: Tables, arm: str) -> str | None:
             f"{pruned} of its {_count(len(mine), 'run')} {was} stopped early, "
             "so those that finished were selected by validation error"
         )
-    if shared := _shared(tables, (arm,)):
+    if shared := _shared((tables, arm)):
         reasons.append(f"{shared} of its searches found one network and share its retrainings")
     return ", and ".join(reasons) or None
 
 
-def _shared(tables: Tables, arms: tuple[str, ...]) -> int:
+def _shared(*sides: tuple[Tables, str]) -> int:
     """How many finished searches of some arms have their error from the same retrainings as another."""
-    used = tables.trials[tables.trials["arm"].isin(arms) & (tables.trials["status"] == "completed")]
-    return int(used["retraining_id"].duplicated(keep=False).sum()) if "retraining_id" in used else 0
+    runs = [tables.trials[tables.trials["arm"] == arm] for tables, arm in sides]
+    used = [trials[trials["status"] == "completed"] for trials in runs]
+    ids = [trials["retraining_id"] for trials in used if "retraining_id" in trials]
+    return int(pd.concat(ids).dropna().duplicated(keep=False).sum()) if ids else 0
 
 
 def _first_reason(trials: pd.DataFrame) -> str:
@@ -383,18 +400,6 @@ def _pairs(tables: Tables) -> list[tuple[str, str]]:
 def _compared(tables: Tables, arm: str, other: str) -> Difference | None:
     a, b = _errors(tables, arm), _errors(tables, other)
     return difference(a, b) if len(a) and len(b) else None
-
-
-def _doubt(tables: Tables, pair: tuple[str, str]) -> str | None:
-    """Why the finished runs of two arms allow no verdict, and of which arms that is said."""
-    arms: dict[str, list[str]] = {}
-    for name in pair:
-        if reason := _dependence(tables, name):
-            arms.setdefault(reason, []).append(name)
-    found = [f"{reason} ({', '.join(names)})" for reason, names in arms.items()]
-    if not found and (shared := _shared(tables, pair)):
-        found = [f"{shared} of their searches found one network and share its retrainings"]
-    return "; ".join(found) or None
 
 
 def _claim(
