@@ -2,15 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from analysis import compare, divergence, findings, loaders, planning, report
+from analysis import compare, correlate, divergence, findings, loaders, planning, report, studies
+from analysis.findings import MetricFinding
 from analysis.loaders import Sample
-from analysis.resample import Array, Estimate, count
+from analysis.planning import Plan
+from analysis.resample import Draws, Estimate, count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return code
@@ -29,56 +30,104 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m analysis", description="From records to claims.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    one = commands.add_parser(
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], summary: str, told: str, *examples: str
+    ) -> argparse.ArgumentParser:
+        shown = "\n".join(f"  python -m analysis {name} {example}" for example in examples)
+        found = commands.add_parser(
+            name,
+            help=summary,
+            description=told,
+            epilog=f"examples:\n{shown}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        found.set_defaults(run=run)
+        return found
+
+    one = command(
         "report",
-        help="write a study, or ground truth, as a page",
-        description="Write report.html, report.md, results.json and figures/ of a study folder, an MLflow "
+        _report,
+        "write a study, or ground truth, as a page",
+        "Write report.html, report.md, results.json and figures/ of a study folder, an MLflow\n"
         "store (.db), NAS-Bench-Macro (.json), or a folder of learning curves (.npy).",
+        "results/sweep_k-20260101-120000 --out report",
+        "results/mlflow.db --study sweep_k --out report",
+        "nas-bench-macro_cifar10.json --sha256 HEX --out report",
     )
     _source(one)
     one.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
-    one.set_defaults(run=_report)
 
-    one = commands.add_parser(
+    one = command(
         "compare",
-        help="compare arms of two studies",
-        description="Compare each arm that two studies share by name, or the two that --arms names: test "
-        "error in percentage points, first minus second.",
+        _compare,
+        "compare arms of two studies, or one with a published figure",
+        "Compare each arm that two studies share by name, or the two that --arms names: test error\n"
+        "in percentage points, first minus second. Arms whose finished runs were selected, or\n"
+        "depend on one another, get no verdict. With --published, hold the arms of one study\n"
+        "against a published test error instead.",
+        "results/a results/b",
+        'results/a results/b --arms "K=1" "K=4" --margin 0.2',
+        'results/a --arms "K=4" --published 2.57 0.07 10',
     )
     one.add_argument("a", type=Path, metavar="DIR", help="first study")
-    one.add_argument("b", type=Path, metavar="DIR", help="second study")
-    one.add_argument("--arms", nargs=2, metavar=("A", "B"), help="arm of the first and of the second study")
+    one.add_argument("b", type=Path, metavar="DIR", nargs="?", help="second study")
     one.add_argument(
-        "--margin", type=float, default=compare.MARGIN, help="points that do not matter (default %(default)s)"
+        "--arms", nargs="+", metavar="ARM", help="one of each study; of one study, any that it has"
+    )
+    one.add_argument(
+        "--published",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="MEAN, or MEAN SD N: test error in percent, its standard deviation and number of runs",
+    )
+    one.add_argument(
+        "--margin", type=float, metavar="M", help=f"points that do not matter (default {compare.MARGIN})"
     )
     one.add_argument("--pool", action="store_true", help="compare although data or protocols differ")
-    one.set_defaults(run=_compare)
 
-    one = commands.add_parser(
+    one = command(
         "correlate",
-        help="one search metric against the final error",
-        description="Association of one recorded search metric with the final error: pooled, within arms, "
-        "given size, corrected for stopped runs.",
+        _correlate,
+        "one search metric against the final error",
+        "Association of one recorded search metric with the final error: pooled, within arms,\n"
+        "given size, corrected for stopped runs. Where runs were stopped without a recorded chance\n"
+        "of finishing, there is no estimate: bounds and a model come first, survivors last.",
+        "results/sweep_k-... --metric search_valid_error",
+        "results/sweep_k-... --metric search_valid_error --against params_m",
     )
     _source(one)
     one.add_argument(
         "--metric", required=True, metavar="M", help="its column; a wrong name lists the right ones"
     )
-    one.set_defaults(run=_correlate)
+    one.add_argument("--against", metavar="OTHER", help="a second metric: is the first one better?")
 
-    one = commands.add_parser(
+    one = command(
         "plan",
-        help="how many runs a question needs, and how to divide a budget",
-        description="Runs for a difference (--difference with --sd or --pilot), for a rank correlation "
-        "(--correlation), or the best split of a budget between search and retraining seeds (--budget).",
+        _plan,
+        "how many runs a question needs, what a number of runs finds, how to divide a budget",
+        "Runs for a difference (--difference with --sd or --pilot) or for a rank correlation\n"
+        "(--correlation); what --n runs find; or the best split of a budget between search and\n"
+        "retraining seeds (--budget with --sds and --costs).",
+        "--difference 0.2 --pilot results/sweep_k-...",
+        "--difference 0.2 --sd 0.15 --test mann-whitney",
+        "--correlation 0.4 --test tau",
+        "--n 4 --sd 0.15",
+        "--budget 20 --sds 0.15 0.10 --costs 0.4 1.5",
     )
     one.add_argument("--difference", type=float, metavar="D", help="percentage points to be found")
     one.add_argument("--sd", type=float, metavar="S", help="standard deviation between runs, points")
     one.add_argument("--pilot", type=Path, metavar="DIR", help="study whose spread within arms is --sd")
     one.add_argument(
-        "--paired", action="store_true", help="runs come in pairs; --sd is that of the differences"
+        "--paired", action="store_true", default=None, help="runs come in pairs; --sd is of the differences"
     )
     one.add_argument("--correlation", type=float, metavar="RHO", help="rank correlation to be told from 0")
+    one.add_argument(
+        "--test",
+        choices=("t", "mann-whitney", "tau"),
+        help="t (default) or mann-whitney of a difference; tau of a correlation; the latter two simulated",
+    )
+    one.add_argument("--n", type=int, metavar="N", help="runs (per arm) at hand")
     one.add_argument("--budget", type=float, metavar="B", help="to be divided, in the unit of the costs")
     one.add_argument(
         "--sds", type=float, nargs=2, metavar=("SEARCH", "RETRAIN"), help="spreads between seeds"
@@ -88,23 +137,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--alpha", type=float, default=planning.ALPHA, help="of the test (default %(default)s)")
     one.add_argument("--power", type=float, default=planning.POWER, help="wanted (default %(default)s)")
-    one.set_defaults(run=_plan)
 
-    one = commands.add_parser(
+    one = command(
         "diff-runs",
-        help="the first step at which two runs differ",
-        description="Compare two study folders, or the JSONL files of two trials, step by step; measured "
+        _diff,
+        "the first step at which two runs differ",
+        "Compare two study folders, or the JSONL files of two trials, step by step; measured\n"
         "metrics (seconds, memory) are set aside. Exit code 1 if anything differs.",
+        "results/a results/b",
+        "results/a/trials/0a1b2c.jsonl results/b/trials/0a1b2c.jsonl",
     )
     one.add_argument("a", type=Path, metavar="A", help="study folder, or trials/ID.jsonl")
     one.add_argument("b", type=Path, metavar="B", help="the other")
-    one.set_defaults(run=_diff)
     return parser
 
 
 def _source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="study folder, MLflow store or ground truth")
-    parser.add_argument("--study", metavar="ID", help="which study of an MLflow store")
+    parser.add_argument("--study", metavar="ID", help="which study of an MLflow store, by id or name")
     parser.add_argument("--sha256", metavar="HEX", help="refuse ground truth of another hash")
     parser.add_argument("--pool", action="store_true", help="pool rows measured under different protocols")
 
@@ -120,160 +170,257 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+# Compare
+
+
 def _compare(options: argparse.Namespace) -> int:
+    if (options.b is None) == (options.published is None):
+        raise ValueError("give a second study, or --published MEAN [SD N] to hold the first one against")
+    if options.published is not None:
+        return _published(options)
+    margin = compare.MARGIN if options.margin is None else options.margin
+    studies.check_margin(margin)
     a, b = loaders.load(options.a), loaders.load(options.b)
-    _comparable(a, b, options.pool)
-    shared = [arm for arm in a.tables.arms if arm in b.tables.arms]
-    pairs = [tuple(options.arms)] if options.arms else [(arm, arm) for arm in shared]
-    if not pairs:
-        raise ValueError(
-            f"the studies share no arm; name two with --arms, of {', '.join(a.tables.arms)} "
-            f"and of {', '.join(b.tables.arms)}"
-        )
-    for arm_a, arm_b in pairs:
-        for arm, sample in ((arm_a, a), (arm_b, b)):
-            if arm not in sample.tables.arms:
-                raise ValueError(f"{arm!r} is no arm; use one of {', '.join(sample.tables.arms)}")
-        print(f"{arm_a} - {arm_b}")
-        print(_compared(findings.percent(a, arm_a), findings.percent(b, arm_b), options.margin))
+    for told in studies.alike([a, b], options.pool):
+        print(told)
+    found = studies.hold(a, b, studies.pairs(a, b, options.arms), margin)
+    tests = sum(held.adjusted_p is not None for held in found)
+    for held in found:
+        print(studies.render(held, tests))
     return 0
 
 
-def _comparable(a: Sample, b: Sample, pool: bool) -> None:
-    """Refuse two samples whose errors were measured differently, unless asked; print what was pooled."""
-    told = []
-    hashes = [str((s.tables.study.get("provenance") or {}).get("data_sha256")) for s in (a, b)]
-    if hashes[0] != hashes[1]:
-        told.append(f"data ({hashes[0][:12]} and {hashes[1][:12]})")
-    if differing := loaders.differing(pd.concat([a.trials, b.trials], ignore_index=True)):
-        told.append(findings.told_protocols(differing))
-    if told and not pool:
-        raise ValueError(
-            f"errors are not measured alike: {'; '.join(told)}; --pool compares them all the same"
-        )
-    if told:
-        print(f"pooled over differing {'; '.join(told)}")
+def _published(options: argparse.Namespace) -> int:
+    if options.margin is not None:
+        raise ValueError("--margin does not go with --published; leave it out")
+    mean, sd, n = [*options.published, None, None][:3]
+    if len(options.published) > 3 or (n is not None and n != int(n)):
+        raise ValueError(f"--published {options.published} must be MEAN or MEAN SD N, N a whole number")
+    sample = loaders.load(options.a)
+    for told in studies.alike([sample], options.pool):
+        print(told)
+    for arm in options.arms or sample.tables.arms:
+        studies.check_arm(sample, arm)
+        print(f"{arm}: {sample.endpoint}; whether the published one is alike, only its authors can say")
+        print(f"  {studies.counted(sample, arm)}")
+        print(studies.render_reproduction(*studies.reproduced(sample, arm, mean, sd, n and int(n))))
+    return 0
 
 
-def _compared(a: Array, b: Array, margin: float) -> str:
-    if not len(a) or not len(b):
-        return f"  no comparison: n = {len(a)} and {len(b)}"
-    found = compare.compare_arms(a, b)
-    result, same = found.difference, compare.equivalence(a, b, margin)
-    lines = [f"  means {a.mean():.3f} and {b.mean():.3f} %, n = {result.n_a} and {result.n_b}"]
-    ends = "no interval" if result.low is None else f"[{result.low:+.3f}, {result.high:+.3f}]"
-    lines.append(f"  difference {result.mean_difference:+.3f} points {ends}")
-    if result.reason:
-        return "\n".join([*lines, f"  {result.reason}: the spread between runs is unknown, so no test"])
-    tests = {
-        "Welch": result.p,
-        "Mann-Whitney": found.p_mann_whitney,
-        "Brunner-Munzel": found.p_brunner_munzel,
-        "permutation": found.p_permutation,
-    }
-    named = ", ".join(f"{name} {p:.4f}" for name, p in tests.items() if p is not None)
-    lines.append(f"  p: {named}; Hedges g {result.hedges_g:+.3f}, A12 {_text(found.a12)}")
-    answer = compare.verdict(result, result.p)
-    lines.append(f"  within {margin:g} points: {same.verdict}; the first errs less: {answer}")
-    lines.append(f"  minimum detectable difference {result.minimum_detectable:.3f} points (power 80 %)")
-    return "\n".join(lines)
+# Correlate
 
 
 def _correlate(options: argparse.Namespace) -> int:
     sample = loaders.load(options.path, study=options.study, sha256=options.sha256)
-    name: str = options.metric
-    if name not in sample.metrics:
-        raise ValueError(
-            f"--metric {name} was not recorded; recorded are {', '.join(sample.metrics.columns)}"
-        )
+    for option, name in (("--metric", options.metric), ("--against", options.against)):
+        if name is not None and name not in sample.metrics:
+            raise ValueError(
+                f"{option} {name} was not recorded; recorded are {', '.join(sample.metrics.columns)}"
+            )
     if sample.protocols is not None and not options.pool:
         told = findings.told_protocols(sample.protocols)
         raise ValueError(
             f"rows were measured under different protocols ({told}); --pool pools them all the same"
         )
     draws, note = findings.draws_for(sample)
-    one = findings.metric_finding(sample, name, draws)
-    overall, grouped = one.overall, one.grouped
-    used = int(np.isfinite(sample.metrics[name]).sum())
-    print(f"{name} against {sample.endpoint}")
-    print(
-        f"n = {overall.n_used} of {overall.n_total} rows ({used} with the metric), {overall.n_unique} "
-        "independent"
-    )
-    for label, found in (
-        ("tau-b pooled", overall.tau_b),
-        ("rho pooled", overall.spearman),
-        ("r pooled", overall.pearson),
-        ("tau-b within arms", grouped.within),
-        ("tau-b of arms' means", grouped.between),
-    ):
-        print(f"  {label:22} {_text(found)}")
-    if one.partial is not None:
-        print(f"  {'rho given ' + ', '.join(one.partial.controls):22} {_text(one.partial.partial)}")
-    if one.pruned is not None:
-        print(f"  {'corrected for stops':22} {_text(one.pruned.headline)}")
-    if one.test.p is not None:
-        print(f"  p = {one.test.p:.4f}, {one.test.method}")
-    print(f"  {overall.words}")
-    print("\n".join(filter(None, [grouped.simpson, one.restriction, note])))
+    one = findings.metric_finding(sample, options.metric, draws)
+    used = int(np.isfinite(sample.metrics[one.name]).sum())
+    print(f"{one.name} against {sample.endpoint}")
+    print(f"{studies.counted(sample)}; {used} rows with the metric")
+    overall = one.overall
+    print(f"n = {overall.n_used} of {overall.n_total} rows with both, {overall.n_unique} independent")
+    for sentence in findings.limits(sample, options.pool):
+        print(f"restricted: {sentence}")
+    stopped = _corrected(one) if one.pruned is not None else []
+    print("\n".join([*stopped, *_associations(one)]))
+    if options.against is not None:
+        print(_against(sample, one, options.against, draws))
+    print("\n".join(filter(None, [one.grouped.simpson, one.restriction, note])))
     return 0
+
+
+def _associations(one: MetricFinding) -> list[str]:
+    """Lines on the runs with a final error; those of survivors lead to no p-value and no direction."""
+    overall, grouped = one.overall, one.grouped
+    survivors = one.pruned is not None
+    lines = ["conditional on survival, not the association of all runs:"] if survivors else []
+    found = {
+        "tau-b within arms": grouped.within,
+        "tau-b pooled": overall.tau_b,
+        "rho pooled": overall.spearman,
+        "r pooled": overall.pearson,
+        "tau-b of arms' means": grouped.between,
+    }
+    if one.partial is not None:
+        found[f"rho given {', '.join(one.partial.controls)}"] = one.partial.partial
+    lines += [_line(label, estimate) for label, estimate in found.items()]
+    if survivors:
+        return lines
+    if one.test.p is not None:
+        lines.append(f"  p = {one.test.p:.4f}, {one.test.method}; of this metric alone, not adjusted")
+    return [*lines, f"  {correlate.direction(one.headline)}"]
+
+
+def _corrected(one: MetricFinding) -> list[str]:
+    """Lines on all runs, those that were stopped included."""
+    found = one.pruned
+    assert found is not None
+    if found.weighted:
+        assert found.effective_n is not None
+        lines = ["corrected for stopped runs, by recorded chances of finishing:"]
+        lines += [_line("tau-b, headline", one.headline)]
+        lines += [_line(f"{kind} pooled", estimate) for kind, estimate in found.weighted.items()]
+        lines += [_line("tau-b, audit subset", found.audit), f"  {'effective n':22} {found.effective_n:.1f}"]
+    else:
+        lines = [f"tau-b of all runs: none, {found.headline.restriction}"]
+    bounds = "none" if found.bounds is None else f"{found.bounds[0]:+.3f} to {found.bounds[1]:+.3f}"
+    lines.append(f"  {'bounds of tau-b, pooled':22} {bounds}, whatever the errors of stopped runs had been")
+    return [*lines, _line("model-based, pooled", found.model)]
+
+
+def _against(sample: Sample, one: MetricFinding, other: str, draws: Draws) -> str:
+    """Whether a metric goes more with the error than another does, which two intervals do not tell."""
+    error = np.asarray(sample.error, dtype=np.float64)
+    first, second = (np.asarray(sample.metrics[name], dtype=np.float64) for name in (one.name, other))
+    rows = np.isfinite(first) & np.isfinite(second) & np.isfinite(error)
+    signs = [correlate.tau_b(side[rows], error[rows]) or 0.0 for side in (first, second)]
+    turned = signs[0] * signs[1] < 0
+    found = correlate.compare_metrics(
+        first, -second if turned else second, error, units=sample.units.tolist(), draws=draws
+    )
+    if one.pruned is not None:
+        found = found.restricted("conditional on survival")
+    name = f"{other} turned round, since it goes the other way" if turned else other
+    return (
+        f"tau-b pooled of {one.name} less that of {name}, resampled together:\n{_line('difference', found)}"
+    )
+
+
+def _line(label: str, found: Estimate) -> str:
+    why = f"; {found.restriction}" if found.restriction else ""
+    return f"  {label:22} {found}{why}"
+
+
+# Plan
+
+
+_TAKES = {
+    "difference": {"sd", "pilot", "paired", "test"},
+    "correlation": {"test"},
+    "n": {"sd", "pilot", "paired"},
+    "budget": {"sds", "costs"},
+}
+"""Options that go with each question of `plan`, but for alpha and power, which go with all."""
 
 
 def _plan(options: argparse.Namespace) -> int:
-    asked = [options.difference, options.correlation, options.budget]
-    if sum(value is not None for value in asked) != 1:
-        raise ValueError("give one of --difference, --correlation and --budget; --help shows what each needs")
-    if options.correlation is not None:
-        found = planning.runs_for_correlation(options.correlation, options.alpha, options.power)
-        print(f"{found.runs} runs tell a rank correlation of {options.correlation:g} from 0: {found.method}")
-        return 0
-    if options.budget is not None:
-        if options.sds is None or options.costs is None:
-            raise ValueError("--budget needs --sds SEARCH RETRAIN and --costs SEARCH RETRAIN, of a pilot")
-        (sd_search, sd_retrain), (search, retrain) = options.sds, options.costs
-        split = planning.best_split(sd_search, sd_retrain, search, retrain, options.budget)
-        each = count(split.retrainings, "retraining")
-        print(f"{split.searches} searches with {each} each, cost {split.cost:g}")
-        print(f"standard error of the mean {split.standard_error:.4g}")
-        if split.detectable is not None:
-            print(f"two such arms find a difference of {split.detectable:.4g}: {split.method}")
-        return 0
-    sd = _spread(options)
-    plan = planning.runs_for_paired_difference if options.paired else planning.runs_for_difference
-    found = plan(options.difference, sd, options.alpha, options.power)
-    unit = "pairs" if options.paired else "runs per arm"
-    print(
-        f"{found.runs} {unit} find a difference of {options.difference:g} with power {found.power:.3f}: "
-        f"{found.method}"
-    )
-    if not options.paired:
-        counts = sorted({2, 3, 4, 5, 8, 12, 20, found.runs})
-        print("runs per arm   minimum detectable difference")
-        for n in counts:
-            print(f"{n:12d}   {planning.detectable_difference(n, n, sd, options.alpha, options.power):.4g}")
+    given = {name for name, value in vars(options).items() if value is not None}
+    asked = [name for name in _TAKES if name in given]
+    if len(asked) != 1:
+        raise ValueError(
+            "give one of --difference, --correlation and --budget, or --n; --help shows what each needs"
+        )
+    if wrong := (given & set().union(*_TAKES.values())) - _TAKES[asked[0]]:
+        raise ValueError(f"--{min(wrong)} does not go with --{asked[0]}; --help shows what each needs")
+    plans = {"difference": _difference, "correlation": _correlation, "n": _at_hand, "budget": _budget}
+    print("\n".join(plans[asked[0]](options)))
     return 0
 
 
-def _spread(options: argparse.Namespace) -> float:
+def _difference(options: argparse.Namespace) -> list[str]:
+    if not options.difference > 0:
+        raise ValueError(f"--difference {options.difference:g} must be above 0, in percentage points")
+    if options.test == "tau":
+        raise ValueError("--test tau is of a correlation; with --difference use t or mann-whitney")
+    if options.paired and options.test == "mann-whitney":
+        raise ValueError("--test mann-whitney is of runs that do not come in pairs; leave out one of both")
+    sd, lines = _spread(options)
+    plan: Callable[..., Plan] = planning.runs_for_difference
+    if options.paired:
+        plan = planning.runs_for_paired_difference
+    elif options.test == "mann-whitney":
+        plan = planning.runs_for_mann_whitney
+    found = plan(options.difference, sd, options.alpha, options.power)
+    unit = "pairs" if options.paired else "runs per arm"
+    lines.append(
+        f"{found.runs} {unit} find a difference of {options.difference:g} with power {found.power:.3f}: "
+        f"{found.method}"
+    )
+    lines.append(f"{unit:12}   minimum detectable difference, t test")
+    for n in sorted({2, 3, 4, 5, 8, 12, 20, found.runs}):
+        lines.append(f"{n:12d}   {_detectable(options, n, sd):.4g}")
+    return lines
+
+
+def _detectable(options: argparse.Namespace, n: int, sd: float) -> float:
+    if options.paired:
+        return sd * planning.detectable_shift(n - 1, options.alpha, options.power) / float(np.sqrt(n))
+    return planning.detectable_difference(n, n, sd, options.alpha, options.power)
+
+
+def _correlation(options: argparse.Namespace) -> list[str]:
+    if options.test not in (None, "tau"):
+        raise ValueError(f"--test {options.test} is of a difference; with --correlation use tau")
+    plan = planning.runs_for_tau if options.test else planning.runs_for_correlation
+    found = plan(options.correlation, options.alpha, options.power)
+    what = "tau" if options.test else "rank correlation"
+    told = f"{found.runs} runs tell a {what} of {options.correlation:g} from 0 with power {found.power:.3f}"
+    return [f"{told}: {found.method}"]
+
+
+def _at_hand(options: argparse.Namespace) -> list[str]:
+    """What a number of runs finds."""
+    if options.n < 2:
+        raise ValueError(f"--n {options.n} says nothing about the spread between runs; use at least 2")
+    power = f"with power {options.power:g}"
+    known = options.sd is not None or options.pilot is not None
+    sd, lines = _spread(options) if known else (1.0, list[str]())
+    what = f"{options.n} {'pairs' if options.paired else 'runs per arm'}"
+    found = f"{_detectable(options, options.n, sd):.4g} {'points' if known else 'standard deviations'}"
+    lines.append(f"{what} find a difference of {found} by a t test at p < {options.alpha:g}, {power}")
+    if options.n < 4:
+        return [*lines, f"{options.n} runs say nothing about a correlation, which needs 4"]
+    rho = planning.detectable_correlation(options.n, options.alpha, options.power)
+    return [*lines, f"{options.n} runs in all tell a rank correlation of {rho:.3f} from 0 {power}"]
+
+
+def _budget(options: argparse.Namespace) -> list[str]:
+    if options.sds is None or options.costs is None:
+        raise ValueError("--budget needs --sds SEARCH RETRAIN and --costs SEARCH RETRAIN, of a pilot")
+    (sd_search, sd_retrain), (search, retrain) = options.sds, options.costs
+    split = planning.best_split(
+        sd_search, sd_retrain, search, retrain, options.budget, options.alpha, options.power
+    )
+    each = count(split.retrainings, "retraining")
+    lines = [
+        f"b* = {split.best_retrainings:.3g} retrainings of each search, before rounding",
+        f"{split.searches} searches with {each} each, cost {split.cost:g}",
+        f"standard error of the mean {split.standard_error:.4g}",
+    ]
+    if split.detectable is not None:
+        lines.append(f"two such arms find a difference of {split.detectable:.4g}: {split.method}")
+    return lines
+
+
+def _spread(options: argparse.Namespace) -> tuple[float, list[str]]:
+    """Standard deviation between runs, and what to say of it."""
     if (options.sd is None) == (options.pilot is None):
-        raise ValueError("--difference needs one of --sd and --pilot")
+        raise ValueError(f"--{'n' if options.n else 'difference'} needs one of --sd and --pilot")
     if options.sd is not None:
-        return float(options.sd)
+        return float(options.sd), []
     spread, df = findings.spread(loaders.load(options.pilot))
     if not spread:
         raise ValueError(f"{options.pilot} has no two different finished runs in an arm; give --sd")
-    print(f"standard deviation within arms {spread:.4g} points, {df} degrees of freedom")
-    return spread
+    return spread, [f"standard deviation within arms {spread:.4g} points, {df} degrees of freedom"]
+
+
+# Runs
 
 
 def _diff(options: argparse.Namespace) -> int:
     found = divergence.compare(options.a, options.b)
     print(divergence.render(found), end="")
     return 0 if found.same else 1
-
-
-def _text(found: Estimate) -> str:
-    return f"{found}" + (f"; {found.restriction}" if found.restriction and found.low is None else "")
 
 
 if __name__ == "__main__":

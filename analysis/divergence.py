@@ -12,6 +12,15 @@ _STAGES = {"search": 0, "retrain": 1}
 _START = (0, 0, 0)
 _MOST_SHOWN = 12
 
+_COMPARED = {
+    "start": ("name", "arm", "config"),
+    "epoch": ("stage", "epoch", "metrics", "genotype"),
+    "end": ("status", "metrics", "genotype"),
+    "mark": (),
+    "note": (),
+}
+"""Fields of the records that are compared, by kind; marks and notes say nothing that a step does not."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -63,8 +72,11 @@ def compare(a: Path, b: Path) -> Compared:
         FileNotFoundError: a path does not exist or holds no trials.
         ValueError: one is a file and the other a folder, or a record is not as it should be.
     """
-    if a.is_file() != b.is_file() and a.exists() and b.exists():
-        raise ValueError(f"{a} and {b}: give two study folders, or the JSONL files of two trials")
+    for path, other in ((a, b), (b, a)):
+        if path.is_file() and not other.exists():
+            raise FileNotFoundError(f"{other} does not exist; give the JSONL file of a trial, as is {path}")
+        if path.is_file() and not other.is_file():
+            raise ValueError(f"{a} and {b}: give two study folders, or the JSONL files of two trials")
     if a.is_file() and b.is_file():
         pairs = {a.stem if a.stem == b.stem else f"{a.stem} and {b.stem}": (a, b)}
         only: tuple[list[str], list[str]] = ([], [])
@@ -72,7 +84,7 @@ def compare(a: Path, b: Path) -> Compared:
         pairs, only = _matched(_files(a), _files(b))
     first, alike, aside = [], [], set()
     for trial, (one, other) in pairs.items():
-        found, measured = _first(trial, records.read_rows(one), records.read_rows(other))
+        found, measured = _first(trial, _rows(one), _rows(other))
         aside |= measured
         if found is None:
             alike.append(trial)
@@ -111,6 +123,26 @@ def _listed(differences: Sequence[tuple[str, str, str]]) -> list[str]:
     )
 
 
+def _rows(path: Path) -> list[records.Row]:
+    """Records of a trial that have what is compared."""
+    rows = records.read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, record {number}"
+        if row.get("kind") not in _COMPARED:
+            raise ValueError(f"{where} has kind {row.get('kind')!r}; use one of {', '.join(_COMPARED)}")
+        if missing := [name for name in _COMPARED[row["kind"]] if name not in row]:
+            raise ValueError(
+                f"{where} ({row['kind']}) lacks {', '.join(missing)}; give the records of a trial"
+            )
+        if not isinstance(row.get("metrics", {}), dict):
+            raise ValueError(f"{where}: metrics={row['metrics']!r} must be an object of numbers")
+        if not isinstance(row.get("epoch", 0), int):
+            raise ValueError(f"{where}: epoch={row['epoch']!r} must be a whole number")
+    if rows and not any(row["kind"] == "start" for row in rows):
+        raise ValueError(f"{path} has no start record; give a trial's records")
+    return rows
+
+
 def _files(folder: Path) -> list[Path]:
     records.read_study(folder)
     files = sorted((folder / "trials").glob("*.jsonl"))
@@ -131,7 +163,7 @@ def _matched(
 
 
 def _name(path: Path) -> str:
-    return next((str(row["name"]) for row in records.read_rows(path) if row["kind"] == "start"), path.stem)
+    return next((str(row["name"]) for row in _rows(path) if row["kind"] == "start"), path.stem)
 
 
 def _first(

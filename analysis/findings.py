@@ -228,7 +228,7 @@ def find(sample: Sample, *, pool: bool = False) -> Findings:
         pool: whether rows measured under different protocols may be thrown together.
     """
     draws, note = draws_for(sample)
-    restrictions = list(_restrictions(sample, pool))
+    restrictions = limits(sample, pool)
     mixed_protocols = sample.protocols is not None and not pool
     metrics = () if mixed_protocols else _metrics(sample, draws)
     unit_of = dict(zip(sample.trials["trial_id"], sample.units, strict=True))
@@ -298,7 +298,7 @@ def _counts(sample: Sample) -> Counts:
     )
 
 
-def _restrictions(sample: Sample, pool: bool) -> list[str]:
+def limits(sample: Sample, pool: bool) -> list[str]:
     """What limits all numbers of the report."""
     counts, found = _counts(sample), list(sample.notes)
     if sample.protocols is not None:

@@ -15,6 +15,7 @@ POWER = 0.8
 """Probability with which a study should find the difference called its minimum detectable one."""
 
 _MOST_RUNS = 1_000_000
+_MOST_SIMULATED = 2_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Split:
     """The number of retrainings that would be best if it could be any positive number."""
 
     detectable: float | None
-    """Difference between two arms of this design that is found with power `POWER`; None for one search."""
+    """Difference between two arms of this design that is found with the power; None for one search."""
 
     method: str
 
@@ -134,6 +135,64 @@ def runs_for_paired_difference(
 
     runs = _fewest(reached, power, 2)
     return Plan(runs, effect, reached(runs), alpha, "paired t test, noncentral t")
+
+
+def runs_for_mann_whitney(
+    difference: float, sd: float = 1.0, alpha: float = ALPHA, power: float = POWER
+) -> Plan:
+    """Fewest runs per arm with which the Mann-Whitney test finds a difference of normal arms, simulated.
+
+    Raises:
+        ValueError: as in `runs_for_difference`, or more runs are needed than can be simulated.
+    """
+    # Of normal arms the t test finds the most, so its number is where to begin.
+    least = runs_for_difference(difference, sd, alpha, power).runs
+    effect = abs(difference) / sd
+
+    def simulated(n: int) -> Estimate:
+        return power_of_mann_whitney(n, n, effect, alpha=alpha)
+
+    return _simulated(simulated, least, effect, alpha, power)
+
+
+def runs_for_tau(tau: float, alpha: float = ALPHA, power: float = POWER) -> Plan:
+    """Fewest runs with which Kendall's test tells a true tau of bivariate normal runs from 0, simulated.
+
+    Raises:
+        ValueError: tau is not between 0 and 1 in size, alpha and power are not shares, or more runs are
+            needed than can be simulated.
+
+    Source: Fieller, Hartley & Pearson (1957), variance 0.437 / (n - 4) of atanh(tau): where to begin.
+    """
+    _check_share(alpha, "alpha", "0.05")
+    _check_share(power, "power", "0.8")
+    if not 0 < abs(tau) < 1:
+        raise ValueError(f"tau={tau} must lie between 0 and 1 or between -1 and 0, the ends left out")
+
+    def simulated(n: int) -> Estimate:
+        return power_of_tau(n, tau, alpha=alpha)
+
+    wanted = float(special.ndtri(1 - alpha / 2) + special.ndtri(power)) ** 2
+    near = 0.437 * wanted / math.atanh(tau) ** 2 + 4
+    return _simulated(simulated, max(4, int(0.75 * near)), abs(tau), alpha, power)
+
+
+def _simulated(
+    simulated: Callable[[int], Estimate], least: int, effect: float, alpha: float, power: float
+) -> Plan:
+    if least > _MOST_SIMULATED:
+        raise ValueError(
+            f"about {least:,} runs are needed, more than the {_MOST_SIMULATED:,} that are simulated; at such "
+            "numbers the formulas hold: leave the simulation out"
+        )
+
+    def reached(n: int) -> float:
+        return float(simulated(n).value or 0.0)
+
+    runs = _fewest(reached, power, least)
+    found = simulated(runs)
+    method = f"{found.method} of the power [{found.low:.3f}, {found.high:.3f}]"
+    return Plan(runs, effect, float(found.value or 0.0), alpha, method)
 
 
 def runs_for_correlation(rho: float, alpha: float = ALPHA, power: float = POWER) -> Plan:
@@ -220,6 +279,8 @@ def best_split(
     cost_search: float,
     cost_retrain: float,
     budget: float,
+    alpha: float = ALPHA,
+    power: float = POWER,
 ) -> Split:
     """Numbers of search seeds and retraining seeds that estimate the mean of a method most precisely.
 
@@ -252,7 +313,7 @@ def best_split(
     best = math.inf if sd_search == 0 else math.sqrt(sd_retrain**2 * cost_search / cost_retrain) / sd_search
     found = None
     if searches > 1:
-        found = math.sqrt(2 * variance) * detectable_shift(2 * searches - 2)
+        found = math.sqrt(2 * variance) * detectable_shift(2 * searches - 2, alpha, power)
     return Split(
         searches,
         retrainings,
@@ -260,7 +321,7 @@ def best_split(
         searches * (cost_search + retrainings * cost_retrain),
         best,
         found,
-        f"all whole designs within the budget; detectable at p < {ALPHA} with power {POWER}, two equal arms",
+        f"all whole designs within the budget; detectable at p < {alpha} with power {power}, two equal arms",
     )
 
 

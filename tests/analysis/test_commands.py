@@ -53,7 +53,7 @@ def test_compare_refuses_other_data_unless_asked(
         write_rows(other, [row, end(f"t{seed}", test_error=0.2 + seed / 100)])
     assert main(["compare", str(study), str(other)]) == 2
     said = capsys.readouterr().err
-    assert "data (None and bbbbbbbbbbbb)" in said
+    assert "data (unknown and bbbbbbbbbbbb)" in said
     assert "config.retrain.epochs" in said
     assert main(["compare", str(study), str(other), "--pool"]) == 0
     assert "pooled over differing" in capsys.readouterr().out
