@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from analysis import compare, correlate, divergence, findings, loaders, planning, report, studies
 from analysis.findings import MetricFinding
 from analysis.loaders import Sample
 from analysis.planning import Plan
-from analysis.resample import Draws, Estimate, count
+from analysis.resample import Array, Draws, Estimate, count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,7 +235,7 @@ def _correlate(options: argparse.Namespace) -> int:
     stopped = _corrected(one) if one.pruned is not None else []
     print("\n".join([*stopped, *_associations(one)]))
     if options.against is not None:
-        print(_against(sample, one, options.against, draws))
+        print("\n".join(_against(sample, one, options.against, draws)))
     print("\n".join(filter(None, [one.grouped.simpson, one.restriction, note])))
     return 0
 
@@ -278,22 +279,29 @@ def _corrected(one: MetricFinding) -> list[str]:
     return [*lines, _line("model-based, pooled", found.model)]
 
 
-def _against(sample: Sample, one: MetricFinding, other: str, draws: Draws) -> str:
-    """Whether a metric goes more with the error than another does, which two intervals do not tell."""
-    error = np.asarray(sample.error, dtype=np.float64)
-    first, second = (np.asarray(sample.metrics[name], dtype=np.float64) for name in (one.name, other))
-    rows = np.isfinite(first) & np.isfinite(second) & np.isfinite(error)
-    signs = [correlate.tau_b(side[rows], error[rows]) or 0.0 for side in (first, second)]
-    turned = signs[0] * signs[1] < 0
-    found = correlate.compare_metrics(
-        first, -second if turned else second, error, units=sample.units.tolist(), draws=draws
-    )
-    if one.pruned is not None:
-        found = found.restricted("conditional on survival")
-    name = f"{other} turned round, since it goes the other way" if turned else other
-    return (
-        f"tau-b pooled of {one.name} less that of {name}, resampled together:\n{_line('difference', found)}"
-    )
+def _against(sample: Sample, one: MetricFinding, other: str, draws: Draws) -> list[str]:
+    """Lines on whether a metric goes more with the error than another, which two intervals do not tell."""
+    error: Array = np.asarray(sample.error, dtype=np.float64)
+    first, second = (_of_range_one(sample.metrics[name]) for name in (one.name, other))
+    arms, units = sample.trials["arm"].tolist(), sample.units.tolist()
+    lines = [f"tau-b of {one.name} less that of {other}, on the same rows, resampled together:"]
+    for label, groups in (("within arms", arms), ("pooled", None)):
+        found, turned = (
+            correlate.compare_metrics(first, side, error, groups=groups, units=units, draws=draws)
+            for side in (second, -second)
+        )
+        # Of signed associations a - b is the larger in size, and a + b the smaller, where the signs differ.
+        if abs(turned.value or 0.0) < abs(found.value or 0.0):
+            found = turned.restricted(f"{other} turned round, as it goes the other way")
+        lines.append(_line(label, found.restricted("survivors only" if one.pruned is not None else None)))
+    return lines
+
+
+def _of_range_one(metric: "pd.Series[float]") -> Array:
+    """A metric of a small range scaled to one, so that its values are told apart; ranks stay as they are."""
+    values: Array = np.asarray(metric, dtype=np.float64)
+    span = float(np.ptp(values[np.isfinite(values)]))
+    return values / min(span, 1.0) if span > 0 else values
 
 
 def _line(label: str, found: Estimate) -> str:

@@ -205,6 +205,7 @@ def compare_metrics(
     error: ArrayLike,
     *,
     kind: Kind = "tau_b",
+    groups: Labels = None,
     units: Labels = None,
     resolution: float = RESOLUTION,
     draws: Draws = DRAWS,
@@ -213,14 +214,27 @@ def compare_metrics(
 
     Both are taken over the rows that have all three values, and resampled together: two intervals or p-values
     side by side do not answer this. If one metric should rise with the error and the other fall, turn one
-    round first.
+    round first. With `groups`, e.g. settings of a sweep, both associations are those within them, as in
+    `by_group`; of tau-b only.
+
+    Raises:
+        ValueError: lengths differ, or groups with another kind than tau-b.
     """
+    _check_groups(groups, kind)
     table = _columns(first=first, second=second, error=error)
     used = _finite(table)
     a, b, y = table[used].T
-    one, two = (_kernel(kind, side, y, resolution) for side in (a, b))
     unit = _units(units, used)
     name = f"difference in {NAMES[kind]} on the same rows"
+    if groups is None:
+        one, two = (_kernel(kind, side, y, resolution) for side in (a, b))
+    else:
+        group, _ = _groups(groups, used)
+        rows, errors = _members(group), dense_ranks(y, RESOLUTION)
+        one, two = (
+            resample.within_tau_kernel(dense_ranks(side, resolution), errors, rows) for side in (a, b)
+        )
+        unit, name = unit.drawn_within(group), f"{name}, within groups"
 
     def kernel(weights: Array) -> Array:
         return one(weights) - two(weights)

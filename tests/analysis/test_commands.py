@@ -169,9 +169,26 @@ def test_correlate_compares_two_metrics_by_one_bootstrap(
 ) -> None:
     words = ["correlate", str(study), "--metric", "search_train_loss", "--against"]
     assert main([*words, "search_valid_error"]) == 0
-    assert "difference             0.000" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "within arms            0.000" in printed
+    assert "pooled                 0.000" in printed
     assert main([*words, "nope"]) == 2
     assert "--against nope was not recorded; recorded are" in capsys.readouterr().err
+
+
+def test_correlate_turns_a_metric_round_that_goes_the_other_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_study(tmp_path / "study", preset="tiny")
+    for seed, error in enumerate((0.1, 0.13, 0.11, 0.14, 0.12)):
+        found = {"valid_error": error, "margin": 1e-8 * (1 - error)}
+        steps = [epoch(f"t{seed}", 0, found, stage) for stage in ("search", "retrain")]
+        write_rows(folder, [start(f"t{seed}", "K=4", seed), *steps, end(f"t{seed}", test_error=error)])
+    words = ["correlate", str(folder), "--metric", "search_valid_error", "--against", "search_margin"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("search_margin turned round, as it goes the other way") == 2
+    assert printed.count(" 0.000 no interval (n = 5)") == 2
 
 
 def test_plan_counts_runs_and_divides_a_budget(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +311,7 @@ def _mixed_protocols(folder: Path) -> Path:
             steps = [
                 epoch(trial, 0, {"train_loss": 0.3 + seed / 9}, stage) for stage in ("search", "retrain")
             ]
-            write_rows(study, [row, *steps, end(trial, test_error=0.2 + seed / 100)])
+            write_rows(study, [row, *steps, end(trial, test_error=int(arm[-1]) / 10 + seed / 100)])
     return study
 
 

@@ -270,6 +270,16 @@ def test_comparing_two_metrics_is_paired() -> None:
     assert difference.high - difference.low < 0.4 * (alone.high - alone.low)  # type: ignore[operator]
 
 
+def test_metrics_are_compared_within_groups() -> None:
+    x, y, group = sweep()
+    other = np.random.default_rng(1).permutation(x)
+    found = compare_metrics(x, other, y, groups=group)
+    one, two = (by_group(side, y, group).within.value for side in (x, other))
+    assert found.value == pytest.approx((one or 0) - (two or 0))
+    with pytest.raises(ValueError, match="within groups is not defined"):
+        compare_metrics(x, other, y, groups=group, kind="spearman")
+
+
 # Epochs
 
 
