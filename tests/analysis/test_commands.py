@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from analysis.__main__ import main
-from tests.analysis.conftest import end, epoch, start, write_rows, write_study, write_trial
+from tests.analysis.conftest import end, epoch, genotype, start, write_rows, write_study, write_trial
 
 
 @pytest.fixture
@@ -183,7 +183,8 @@ def test_correlate_turns_a_metric_round_that_goes_the_other_way(
     for seed, error in enumerate((0.1, 0.13, 0.11, 0.14, 0.12)):
         found = {"valid_error": error, "margin": 1e-8 * (1 - error)}
         steps = [epoch(f"t{seed}", 0, found, stage) for stage in ("search", "retrain")]
-        write_rows(folder, [start(f"t{seed}", "K=4", seed), *steps, end(f"t{seed}", test_error=error)])
+        last = end(f"t{seed}", test_error=error, genotype=genotype(seed))
+        write_rows(folder, [start(f"t{seed}", "K=4", seed), *steps, last])
     words = ["correlate", str(folder), "--metric", "search_valid_error", "--against", "search_margin"]
     assert main(words) == 0
     printed = capsys.readouterr().out
