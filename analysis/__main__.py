@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import compare, correlate, divergence, findings, loaders, planning, report, studies
+from analysis import across, compare, correlate, divergence, findings, loaders, planning, report, studies
 from analysis.findings import MetricFinding
 from analysis.loaders import Sample
 from analysis.planning import Plan
@@ -65,13 +65,15 @@ def _parser() -> argparse.ArgumentParser:
         "Compare each arm that two studies share by name, or the two that --arms names: test error\n"
         "in percentage points, first minus second. Arms whose finished runs were selected, or\n"
         "depend on one another, get no verdict. With --published, hold the arms of one study\n"
-        "against a published test error instead.",
+        "against a published test error instead; with --across, arms over several data sets, one\n"
+        "study each: interquartile means, probabilities of improvement, ranks.",
         "results/a results/b",
         'results/a results/b --arms "K=1" "K=4" --margin 0.2',
         'results/a --arms "K=4" --published 2.57 0.07 10',
+        "results/cifar10 results/cifar100 results/fashion ... --across",
     )
-    one.add_argument("a", type=Path, metavar="DIR", help="first study")
-    one.add_argument("b", type=Path, metavar="DIR", nargs="?", help="second study")
+    one.add_argument("paths", type=Path, metavar="DIR", nargs="+", help="studies")
+    one.add_argument("--across", action="store_true", help="each study is a data set, with the same arms")
     one.add_argument(
         "--arms", nargs="+", metavar="ARM", help="one of each study; of one study, any that it has"
     )
@@ -175,13 +177,16 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    if (options.b is None) == (options.published is None):
-        raise ValueError("give a second study, or --published MEAN [SD N] to hold the first one against")
-    if options.published is not None:
-        return _published(options)
-    margin = compare.MARGIN if options.margin is None else options.margin
+    paths, margin = options.paths, compare.MARGIN if options.margin is None else options.margin
+    if options.across or options.published is not None:
+        return _over_datasets(options) if options.across else _published(options)
+    if len(paths) != 2:
+        raise ValueError(
+            "give a second study, or --published MEAN [SD N] to hold the first one against; several data "
+            "sets go with --across"
+        )
     studies.check_margin(margin)
-    a, b = loaders.load(options.a), loaders.load(options.b)
+    a, b = (loaders.load(path) for path in paths)
     for told in studies.alike([a, b], options.pool):
         print(told)
     found = studies.hold(a, b, studies.pairs(a, b, options.arms), margin)
@@ -191,13 +196,24 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _over_datasets(options: argparse.Namespace) -> int:
+    for option in ("arms", "published", "margin"):
+        if getattr(options, option) is not None:
+            raise ValueError(f"--{option} does not go with --across; leave it out")
+    samples = [loaders.load(path) for path in options.paths]
+    print(across.render(across.across(samples, options.pool)))
+    return 0
+
+
 def _published(options: argparse.Namespace) -> int:
+    if len(options.paths) != 1:
+        raise ValueError("--published holds one study against a figure; give one study, or leave it out")
     if options.margin is not None:
         raise ValueError("--margin does not go with --published; leave it out")
     mean, sd, n = [*options.published, None, None][:3]
     if len(options.published) > 3 or (n is not None and n != int(n)):
         raise ValueError(f"--published {options.published} must be MEAN or MEAN SD N, N a whole number")
-    sample = loaders.load(options.a)
+    sample = loaders.load(options.paths[0])
     for told in studies.alike([sample], options.pool):
         print(told)
     for arm in options.arms or sample.tables.arms:

@@ -90,7 +90,11 @@ def test_compare_counts_what_became_of_the_runs(
     ("arguments", "said"),
     [
         ([], "give a second study, or --published"),
-        (["{study}", "--published", "9"], "give a second study, or --published"),
+        (["{study}", "{study}"], "sets go with --across"),
+        (["{study}", "--published", "9"], "give one study, or leave it out"),
+        (["{study}", "--across"], "their hashes are unknown, unknown"),
+        (["--across"], "--across needs several studies"),
+        (["{study}", "--across", "--margin", "1"], "--margin does not go with --across"),
         (["{study}", "--margin", "0"], "--margin 0 must be between 0 and 100"),
         (["{study}", "--margin", "nan"], "--margin nan must be between 0 and 100"),
         (["{study}", "--arms", "K=1"], "--arms names 1 arm"),
