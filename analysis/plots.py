@@ -2,7 +2,8 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
@@ -179,7 +181,8 @@ def save(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
         The files by ending: `svg`, `png` and `csv`.
     """
     vector, png = save_vector(figure, stem, data), stem.with_name(f"{stem.name}.png")
-    figure.savefig(png, dpi=160, metadata={"Software": None})
+    with _literal(figure):
+        figure.savefig(png, dpi=160, metadata={"Software": None})
     return {"svg": vector["svg"], "png": png, "csv": vector["csv"]}
 
 
@@ -187,10 +190,22 @@ def save_vector(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Pat
     """Write a figure as `.svg` and the rows that drew it as `.csv`; equal input, equal bytes."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in ("svg", "csv")}
-    with mpl.rc_context({"svg.hashsalt": "nas", "svg.fonttype": "path"}):
+    with _literal(figure), mpl.rc_context({"svg.hashsalt": "nas", "svg.fonttype": "path"}):
         figure.savefig(paths["svg"], metadata={"Date": None, "Creator": None})
     data.to_csv(paths["csv"], index=False, lineterminator="\n")
     return paths
+
+
+@contextmanager
+def _literal(figure: Figure) -> Iterator[None]:
+    """Text as it stands: names of arms and metrics may hold a dollar sign, which is no formula there."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+    with mpl.rc_context(
+        {"text.parse_math": False}
+    ):  # for labels of ticks, which are made when they are drawn
+        yield
 
 
 # Parts of figures
