@@ -1,12 +1,13 @@
 """Figures of a report: one function each, from findings to a drawing, or to the reason for none."""
 
 import itertools
-import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -20,7 +21,8 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
-from analysis import planning, plots
+from analysis import cells, planning, plots
+from analysis.compare import mean_interval
 from analysis.correlate import EpochAssociation
 from analysis.findings import Findings, MetricFinding, by_seed, pareto, ranked, swept
 from analysis.loaders import Sample
@@ -37,6 +39,16 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 
 _MANY_POINTS = 1_500
 _MOST_GROUPS = 12
+_MOST_METRICS = 20
+"""Metrics of a figure with a row each, besides the declared ones."""
+
+_MOST_NUMBERS = 12
+"""Columns of a heat map beyond which its cells are too narrow for their numbers."""
+
+_MOST_LEVELS = 8
+"""Levels of an axis beyond which runs are no cells to compare, e.g. of a rate drawn at random."""
+
+_MOST_PAIRS = 6
 _TOP = 3
 
 
@@ -53,6 +65,9 @@ class Drawing:
 
 Result = Drawing | str
 """A drawing, or the reason why the sample supports none."""
+
+FAILURES: tuple[type[Exception], ...] = (Exception,)
+"""With these errors a figure is left out, and the report says so: one figure is not worth all others."""
 
 
 def top(found: Findings, most: int = _TOP) -> list[MetricFinding]:
@@ -146,12 +161,17 @@ def errors(sample: Sample, found: Findings) -> Result:
         above.set_xlabel("relative improvement over random (%)", fontsize=8.5)
         above.tick_params(labelsize=8)
         told = f" The upper axis is relative to the mean accuracy of random, {random:.2f} %."
+    data = plots.error_data(sample.tables)
+    means = data.dropna(subset=["error_mean"]).drop_duplicates("arm").sort_values("error_mean")
+    least = means.iloc[0]
     return Drawing(
         "error_by_arm",
         "Final error by arm.",
-        f"Every run is a dot; n at the right; 95 % t intervals.{told}",
+        f"n = {found.counts.n_used:,} runs, each a dot; bars are 95 % t intervals of the means. Lowest mean: "
+        f"{least['arm']}, {least['error_mean']:.2f} % "
+        f"{_ends(least['error_low'], least['error_high'])}.{told}",
         figure,
-        plots.error_data(sample.tables),
+        data,
     )
 
 
@@ -172,7 +192,7 @@ def overview(sample: Sample, found: Findings) -> Result:
     """Tau-b of every metric, within groups and pooled."""
     if not found.metrics:
         return "no metric can be correlated with a final error"
-    order = sorted(found.metrics, key=lambda one: one.headline.value or 0.0)
+    order, left_out = _listed(found)
     figure = blank("", 1.3 + 0.3 * len(order))
     axes = figure.add_subplot()
     for place, one in enumerate(order):
@@ -180,32 +200,35 @@ def overview(sample: Sample, found: Findings) -> Result:
         _interval(axes, place + 0.17, one.overall.tau_b, GREY, "s", open_=True)
     _tau_axis(axes, found.ceiling)
     axes.set_ylim(-0.8, len(order) - 0.2)
-    axes.set_yticks(range(len(order)), [_star(one) + one.name for one in order], fontsize=8.5)
-    n = axes.secondary_yaxis("right")
-    n.set_yticks(range(len(order)), [f"n = {one.headline.n:,}" for one in order], fontsize=8, color=GREY)
-    n.tick_params(length=0)
-    n.spines["right"].set_visible(False)
+    axes.set_yticks(range(len(order)), [_star(one) + _short(one.name) for one in order], fontsize=8.5)
+    _right_labels(axes, [f"n = {one.headline.n:,}" for one in order])
+    several = len(sample.tables.arms) > 1
     handles = [
-        Line2D([], [], color=BLUE, marker="o", label="headline: within arms"),
+        Line2D([], [], color=BLUE, marker="o", label=f"headline{': within arms' if several else ''}"),
         Line2D([], [], color=GREY, marker="s", markerfacecolor="white", label="pooled over arms"),
         *_ceiling_handle(found.ceiling),
     ]
-    legend(figure, handles)
+    _wrapped_legend(figure, handles)
     rows = [_row(one.name, one.headline, "headline") | {"p_adjusted": one.p_adjusted} for one in order]
     rows += [_row(one.name, one.overall.tau_b, "pooled") for one in order]
     stars = " A star marks adjusted p < 0.05." if any(_star(one) for one in order) else ""
+    first = top(found, 1)[0]
     return Drawing(
         "metrics",
         "How search metrics go with the final error.",
-        "Kendall's tau-b, 95 % intervals over independent units, n at the right; above 0, a higher metric "
-        f"goes with a higher error.{stars}",
+        f"n = {found.counts.n_used:,} runs with a final error, those with the metric at the right. Kendall's "
+        "tau-b, 95 % intervals over independent units; above 0, a higher metric goes with a higher error. "
+        f"Clearest: {first.name}, {_number(first.headline)}.{stars}{left_out}",
         figure,
         pd.DataFrame(rows),
     )
 
 
 def scatter(one: MetricFinding, sample: Sample, found: Findings) -> Result:
-    """A metric against the final error, by arm, with a line per arm and one for all."""
+    """A metric against the final error, by arm, with a line per arm and one for all.
+
+    Stopped runs, which have a metric and no error, are hollow at the upper edge.
+    """
     table = pd.DataFrame(
         {
             "trial_id": sample.trials["trial_id"],
@@ -216,9 +239,11 @@ def scatter(one: MetricFinding, sample: Sample, found: Findings) -> Result:
             "error_percent": 100 * sample.error,
         }
     )
-    stopped = table[(table["status"] == "pruned") & np.isfinite(table["metric"])]
-    table = table[np.isfinite(table["metric"]) & np.isfinite(table["error_percent"])]
-    if len(table) < 3:
+    final = np.isfinite(table["error_percent"])
+    table = table[np.isfinite(table["metric"]) & (final | (table["status"] == "pruned"))]
+    final = np.isfinite(table["error_percent"])
+    used, stopped = table[final], table[~final]
+    if len(used) < 3:
         return f"{one.name}: fewer than 3 rows with a final error"
     figure = blank("", 4.9)
     grid = figure.add_gridspec(2, 2, height_ratios=(1, 6), width_ratios=(7, 1))
@@ -227,77 +252,80 @@ def scatter(one: MetricFinding, sample: Sample, found: Findings) -> Result:
     arms = [arm for arm in sample.tables.arms if (table["arm"] == arm).any()]
     colours = _colours(arms, sample)
     many = len(table) > _MANY_POINTS
-    seeds = {seed: index for index, seed in enumerate(sorted(table["search_seed"].dropna().unique()))}
+    markers = _seed_markers(table["search_seed"])
     for arm in arms:
-        runs = table[table["arm"] == arm]
-        for seed, part in runs.groupby("search_seed", dropna=False):
-            marker = MARKERS[seeds.get(seed, 0) % len(MARKERS)]
+        for seed, part in used[used["arm"] == arm].groupby("search_seed", dropna=False):
             axes.scatter(
                 part["metric"],
                 part["error_percent"],
                 s=6 if many else 30,
                 color=colours[arm],
-                marker=marker,
+                marker=markers.get(seed, "o"),
                 alpha=0.35 if many else 0.8,
                 linewidth=0,
                 rasterized=many,
             )
+        runs = used[used["arm"] == arm]
         _trend(axes, runs["metric"], runs["error_percent"], colours[arm], "-", 1.4)
-    _trend(axes, table["metric"], table["error_percent"], INK, (0, (5, 3)), 1.2)
-    if len(stopped):
-        y = axes.get_ylim()[1]
+    _trend(axes, used["metric"], used["error_percent"], INK, (0, (5, 3)), 1.2)
+    for (arm, seed), part in stopped.groupby(["arm", "search_seed"], dropna=False):
         axes.scatter(
-            stopped["metric"],
-            np.full(len(stopped), y),
+            part["metric"],
+            np.ones(len(part)),
             s=26,
             facecolor="none",
-            edgecolor=GREY,
-            marker="o",
+            edgecolor=colours[arm],
+            marker=markers.get(seed, "o"),
+            transform=axes.get_xaxis_transform(),
             clip_on=False,
             zorder=5,
         )
     cut = ""
     if many:
-        axes.set_ylim(top=float(table["error_percent"].quantile(0.995)))
+        axes.set_ylim(top=float(used["error_percent"].quantile(0.995)))
         cut = " The worst 0.5 % lie above the axis."
-    bins = min(40, max(6, int(math.sqrt(len(table)))))
-    above.hist(table["metric"], bins=bins, color=PALE)
-    beside.hist(table["error_percent"], bins=bins, color=PALE, orientation="horizontal")
+    bins = min(40, max(6, int(math.sqrt(len(used)))))
+    if _varies(used["metric"]):
+        above.hist(used["metric"], bins=bins, color=PALE)
+    if _varies(used["error_percent"]):
+        beside.hist(used["error_percent"], bins=bins, color=PALE, orientation="horizontal")
     for side in (above, beside):
         side.axis("off")
+    taus = {"within arms": one.grouped.within, "pooled": one.grouped.pooled}
+    above.set_title(
+        "tau-b   " + "   ".join(f"{name} {_number(tau)}" for name, tau in taus.items()),
+        loc="left",
+        fontsize=8.5,
+        color=INK,
+    )
     axes.set_xlabel(one.name)
     axes.set_ylabel("final error (%)")
     axes.grid(color=PALE, linewidth=0.5)
-    handles: list[Any] = [
-        Line2D([], [], color=colours[arm], marker="o", markersize=5, label=arm) for arm in arms[:_MOST_GROUPS]
-    ]
+    handles = _arm_handles(arms, colours)
     handles.append(Line2D([], [], color=INK, linestyle=(0, (5, 3)), label="all rows"))
+    if 1 < len(markers) and not many:
+        handles += [
+            Line2D([], [], color=GREY, marker=marker, linestyle="", markersize=5, label=f"seed {seed:g}")
+            for seed, marker in markers.items()
+        ]
     if len(stopped):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=GREY,
-                marker="o",
-                markerfacecolor="none",
-                linestyle="",
-                label="stopped, no final error",
-            )
-        )
+        hollow: Any = {"marker": "o", "markerfacecolor": "none", "linestyle": ""}
+        handles.append(Line2D([], [], color=GREY, label="stopped, no final error", **hollow))
     _wrapped_legend(figure, handles)
+    most = tau_ceiling(found.ceiling)
     ceiling = (
-        f" Noise ceiling {_number(found.ceiling)}."
-        if found.ceiling.value is not None
-        else " No noise ceiling: one training per network."
+        " No noise ceiling: one training per network."
+        if most.value is None
+        else f" Noise ceiling of tau-b, under normality: {_number(most)}."
     )
+    told = f" {count(len(stopped), 'stopped run')} at the upper edge." if len(stopped) else ""
     return Drawing(
-        f"scatter_{one.name}",
+        f"scatter_{_file_name(one.name)}",
         f"{one.name} against the final error.",
-        f"n = {len(table):,}. Tau-b {_number(one.grouped.within)} within arms and "
-        f"{_number(one.overall.tau_b)} pooled.{ceiling}{cut}"
-        + (" Markers tell search seeds apart." if 1 < len(seeds) <= len(MARKERS) and not many else ""),
+        f"n = {len(used):,}. Tau-b {_number(one.grouped.within)} within arms and "
+        f"{_number(one.grouped.pooled)} pooled; a line per arm of at least 3 rows.{told}{ceiling}{cut}",
         figure,
-        table.drop(columns="status"),
+        table,
     )
 
 
@@ -322,21 +350,19 @@ def groups(one: MetricFinding, sample: Sample, found: Findings) -> Result:
     _tau_axis(axes, found.ceiling)
     axes.axhline(len(grouped.groups) - 0.5, color=PALE, linewidth=1)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), [textwrap.shorten(name, 34) for name, *_ in rows], fontsize=8.5)
-    n = axes.secondary_yaxis("right")
-    n.set_yticks(
-        range(len(rows)), [f"n = {estimate.n:,}" for _, estimate, *_ in rows], fontsize=8, color=GREY
-    )
-    n.tick_params(length=0)
-    n.spines["right"].set_visible(False)
+    axes.set_yticks(range(len(rows)), [_short(name) for name, *_ in rows], fontsize=8.5)
+    _right_labels(axes, [f"n = {estimate.n:,}" for _, estimate, *_ in rows])
+    if handles := _ceiling_handle(found.ceiling):
+        legend(figure, handles)
     small = f" {count(grouped.n_small, 'arm')} with fewer than 5 units: no row." if grouped.n_small else ""
     i2 = grouped.heterogeneity.i_squared
     spread = f" I² = {100 * i2:.0f} %." if i2 is not None else ""
     warning = _sentence(grouped.simpson or "no Simpson warning")
     return Drawing(
-        f"groups_{one.name}",
+        f"groups_{_file_name(one.name)}",
         f"{one.name}: tau-b by arm, within, between and pooled.",
-        f"n = {grouped.n_used:,}; 95 % intervals.{spread}{small} {warning}",
+        f"n = {grouped.n_used:,}; 95 % intervals. Within arms {_number(grouped.within)}, pooled "
+        f"{_number(grouped.pooled)}.{spread}{small} {warning}",
         figure,
         pd.DataFrame([_row(name, estimate, one.name) for name, estimate, *_ in rows]),
     )
@@ -344,11 +370,11 @@ def groups(one: MetricFinding, sample: Sample, found: Findings) -> Result:
 
 def heat(sample: Sample, found: Findings) -> Result:
     """Within-arm tau-b of metrics by arm, with the pooled column beside it."""
-    names = [name for one in found.metrics for name, _ in one.grouped.groups]
+    order, left_out = _listed(found)
+    names = {name for one in order for name, _ in one.grouped.groups}
     arms = [arm for arm in sample.tables.arms if arm in names]
     if len(arms) < 2 or len(found.metrics) < 2:
         return "fewer than 2 arms of at least 5 units, or fewer than 2 metrics"
-    order = sorted(found.metrics, key=lambda one: one.headline.value or 0.0)
     columns = [*arms, "within", "pooled"]
     values, rows = np.full((len(order), len(columns)), np.nan), []
     for row, one in enumerate(order):
@@ -356,32 +382,55 @@ def heat(sample: Sample, found: Findings) -> Result:
         for column, name in enumerate(columns):
             if name in cells and cells[name].value is not None:
                 values[row, column] = cells[name].value
-                rows.append(_row(one.name, cells[name], name))
+                rows.append(_row(one.name, cells[name], name) | {"p_adjusted": None})
+                if name == "within" and _tested_within(one):
+                    rows[-1]["p_adjusted"] = one.p_adjusted
     figure = blank("", 1.6 + 0.27 * len(order) + (0.5 if max(map(len, columns)) > 9 else 0))
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="PuOr", norm=TwoSlopeNorm(0, -1, 1), aspect="auto")
-    for row in range(len(order)):
-        for column in range(len(columns)):
-            if np.isfinite(values[row, column]):
-                value = values[row, column]
-                colour = "white" if abs(value) > 0.55 else INK
-                axes.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=7.5, color=colour)
+    written = len(columns) <= _MOST_NUMBERS
+    for row, one in enumerate(order):
+        for column, name in enumerate(columns):
+            value = values[row, column]
+            if not np.isfinite(value):
+                continue
+            dot = "\u2022 " if name == "within" and _star(one) and _tested_within(one) else ""
+            if written or dot:
+                axes.text(
+                    column,
+                    row,
+                    f"{dot}{value:+.2f}" if written else dot.strip(),
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if abs(value) > 0.55 else INK,
+                )
     axes.axvline(len(arms) - 0.5, color="white", linewidth=3)
     slanted: Any = (
-        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 9 else {}
+        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        if max(map(len, columns)) > 9 or not written
+        else {}
     )
-    axes.set_xticks(range(len(columns)), columns, fontsize=8, **slanted)
-    axes.set_yticks(range(len(order)), [_star(one) + one.name for one in order], fontsize=8.5)
+    axes.set_xticks(range(len(columns)), [_short(name, 24) for name in columns], fontsize=8, **slanted)
+    axes.set_yticks(range(len(order)), [_short(one.name) for one in order], fontsize=8.5)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
     bar.set_label("tau-b with error", fontsize=8.5)
-    n = ", ".join(
-        f"{arm}: {int((sample.trials['arm'] == arm)[sample.error.notna()].sum()):,}" for arm in arms
+    for value in _ceilings(found.ceiling):
+        bar.ax.axhline(value, color=ORANGE, linewidth=1.6)
+    most = tau_ceiling(found.ceiling)
+    ceiling = (
+        ""
+        if most.value is None
+        else f" The noise ceiling, under normality, is {_number(most)}: on the scale, orange."
     )
+    n = ", ".join(f"{arm} {int((sample.trials['arm'] == arm)[sample.error.notna()].sum()):,}" for arm in arms)
+    first = max(order, key=lambda one: abs(one.grouped.within.value or 0))
     return Drawing(
         "heat",
         "Tau-b of metrics with the final error, arm by arm.",
-        f"n = {n}. A star marks adjusted p < 0.05 within arms; empty cells are not defined. Intervals are "
-        "in the data.",
+        f"n = {found.counts.n_used:,} ({n}). A dot marks adjusted p < 0.05 within arms; empty cells are not "
+        f"defined. Strongest within: {first.name}, {_number(first.grouped.within)}; all intervals are in the "
+        f"data.{ceiling}{left_out}",
         figure,
         pd.DataFrame(rows),
     )
@@ -496,11 +545,18 @@ def profiles(sample: Sample, found: Findings) -> Result:
             ),
         ],
     )
+    above = []
+    for arm in arms[:3]:
+        profile = found.profiles[arm]
+        at = int(np.searchsorted(profile.threshold, 0.0))
+        low, high = (None if end is None else float(end[at]) for end in (profile.low, profile.high))
+        above.append(f"{arm} {profile.share[at]:.2f} {_ends(low, high)}")
     note = next((p.restriction for p in found.profiles.values() if p.restriction), None)
     return Drawing(
         "profiles",
         "Performance profiles.",
-        f"n in each panel. Bands: 95 %, pointwise.{f' {_sentence(note)}' if note else ''}",
+        f"n = {found.counts.n_used:,} runs, by arm in each panel; bands: 95 %, pointwise. Share of runs "
+        f"better than the mean of random: {'; '.join(above)}.{f' {_sentence(note)}' if note else ''}",
         figure,
         pd.concat(rows),
     )
@@ -520,7 +576,7 @@ def improvement(sample: Sample, found: Findings) -> Result:
     axes.set_ylim(len(found.improvement) - 0.4, -0.6)
     axes.set_yticks(
         range(len(found.improvement)),
-        [f"{arm} (n = {e.n})" for arm, e in found.improvement.items()],
+        [f"{_short(arm)} (n = {e.n})" for arm, e in found.improvement.items()],
         fontsize=9,
     )
     axes.set_xlabel("probability that a run errs less than a random architecture")
@@ -528,8 +584,8 @@ def improvement(sample: Sample, found: Findings) -> Result:
     return Drawing(
         "improvement",
         "Probability of improvement over random.",
-        "95 % intervals, none where a side has one or two runs; n counts the runs of both sides; the "
-        "dashed line is no difference.",
+        f"n = {found.counts.n_used:,} runs, by pair at the left; 95 % intervals, none where a side has one "
+        f"or two runs. {_named_estimates(found.improvement)}; the dashed line is no difference.",
         figure,
         pd.DataFrame(rows),
     )
@@ -628,15 +684,12 @@ def seeds(sample: Sample, found: Findings) -> Result:
     whole = table.dropna()
     w = ""
     if len(whole) > 1 and whole.shape[1] > 1:
-        pairs = [
-            stats.spearmanr(whole.iloc[i], whole.iloc[j]).statistic
-            for i in range(len(whole))
-            for j in range(i)
-        ]
-        if np.isfinite(pairs).any():
+        ordered = [errors for _, errors in whole.iterrows() if errors.nunique() > 1]
+        pairs = [stats.spearmanr(a, b).statistic for a, b in itertools.combinations(ordered, 2)]
+        if pairs:
             w = (
                 " Mean Spearman correlation of the arms' order between two seeds: "
-                f"{np.nanmean(pairs):+.2f} over {len(pairs)} pairs of seeds, without an interval."
+                f"{np.mean(pairs):+.2f} over {len(pairs)} pairs of seeds, without an interval."
             )
     return Drawing(
         "seeds",
@@ -648,66 +701,95 @@ def seeds(sample: Sample, found: Findings) -> Result:
 
 
 def interaction(sample: Sample, found: Findings) -> Result:
-    """Final error over two axes of a sweep, with every run."""
-    names = swept(sample)
+    """Final error over each pair of axes of a sweep that have few levels, with every run."""
+    if sample.tables.study.get("joint"):
+        return "a joint search chose its settings itself: they are no grid whose cells could be compared"
+    names = [name for name in swept(sample) if sample.trials[name].nunique() <= _MOST_LEVELS]
     if len(names) < 2:
-        return "the study varies fewer than two axes"
-    x, hue = sorted(names, key=lambda name: -sample.trials[name].nunique())[:2]
-    table = sample.trials.assign(error_percent=100 * sample.error).dropna(subset=["error_percent", x, hue])
-    if table.groupby([x, hue], observed=True).ngroups < 3:
+        return f"fewer than two axes of at most {_MOST_LEVELS} levels are varied"
+    names.sort(key=lambda name: -sample.trials[name].nunique())
+    runs = sample.trials.assign(error_percent=100 * sample.error).dropna(subset=["error_percent"])
+    if "search_seed" not in runs:
+        runs["search_seed"] = 0
+    pairs = [(x, line, runs.dropna(subset=[x, line])) for x, line in itertools.combinations(names, 2)]
+    pairs = [pair for pair in pairs if pair[2].groupby([pair[0], pair[1]], observed=True).ngroups >= 3]
+    if not pairs:
         return "fewer than 3 combinations of two axes have a run"
-    figure = blank("", 3.9)
-    axes = figure.add_subplot()
-    levels = sorted(table[x].unique(), key=lambda v: (isinstance(v, str), v))
-    rows = []
-    for index, (level, part) in enumerate(table.groupby(hue, observed=True)):
-        shift = 0.12 * (index - (table[hue].nunique() - 1) / 2)
-        colour = COLOURS[index % len(COLOURS)]
-        places, means, margins = [], [], []
-        for at, value in enumerate(levels):
-            runs = part.loc[part[x] == value, "error_percent"].to_numpy(dtype=float)
-            axes.scatter(np.full(len(runs), at + shift), runs, s=16, color=colour, alpha=0.5, linewidth=0)
-            if len(runs):
-                n, sd = len(runs), runs.std(ddof=1) if len(runs) > 1 else math.nan
-                margin = stats.t.ppf(0.975, n - 1) * sd / math.sqrt(n) if n > 1 else math.nan
-                places.append(at + shift)
-                means.append(runs.mean())
-                margins.append(margin)
-                rows.append({"x": value, "line": level, "n": n, "mean": runs.mean(), "margin": margin})
-        label = f"{hue.removeprefix('axes.')} = {level} (n = {len(part)})"
-        axes.errorbar(
-            places,
-            means,
-            yerr=np.nan_to_num(margins),
-            color=colour,
-            marker=MARKERS[index],
-            capsize=3,
-            linewidth=1.4,
-            label=label,
-        )
-    axes.set_xticks(range(len(levels)), [str(value) for value in levels])
-    axes.set_xlabel(x.removeprefix("axes."))
-    axes.set_ylabel("final error (%)")
-    low, high = table["error_percent"].min(), table["error_percent"].max()
-    axes.set_ylim(low - 0.5 * (high - low) - 0.05, high + 0.5 * (high - low) + 0.05)
-    axes.grid(axis="y", color=PALE, linewidth=0.5)
-    handles, labels = axes.get_legend_handles_labels()
-    _wrapped_legend(
-        figure,
-        [
-            Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i], label=label)
-            for i, label in enumerate(labels)
-        ],
-    )
-    del handles
-    cells = "; ".join(f"{row['x']} x {row['line']}: {row['n']}" for row in rows)
+    left_out = len(pairs) - _MOST_PAIRS
+    pairs = pairs[:_MOST_PAIRS]
+    figure = blank("", 0.4 + 2.9 * len(pairs))
+    panels = figure.subplots(len(pairs), 1, squeeze=False)[:, 0]
+    rows = [_crossed(axes, *pair) for axes, pair in zip(panels, pairs, strict=True)]
+    data = pd.concat(rows)
+    cells = data.drop_duplicates(["x", "x_level", "line", "line_level"])
+    best = cells.sort_values("mean").iloc[0]
+    where = " and ".join(f"{_axis(best[name])} = {best[f'{name}_level']}" for name in ("x", "line"))
+    more = f" {count(left_out, 'pair')} of axes more in the tables." if left_out > 0 else ""
     return Drawing(
         "interaction",
-        f"{x.removeprefix('axes.')} by {hue.removeprefix('axes.')}.",
-        f"Means with 95 % t intervals, every run a dot; n in each cell: {cells}.",
+        f"{', '.join(f'{_axis(x)} by {_axis(line)}' for x, line, _ in pairs)}.",
+        f"n = {data['trial_id'].nunique()} runs, each a dot with a marker by search seed; means with 95 % t "
+        "intervals, none of a cell of one run; n of each cell below, in the order of the lines. Lowest mean: "
+        f"{where}, {best['mean']:.2f} % {_ends(best['low'], best['high'])}, n = {best['n']}.{more}",
         figure,
-        pd.DataFrame(rows),
+        data,
     )
+
+
+def _crossed(axes: Axes, x: str, line: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """Draw the runs of two crossed axes, with a line per level of the second; returns a row per run."""
+    levels, lines = (sorted(runs[name].unique(), key=_in_order) for name in (x, line))
+    markers, parts = _seed_markers(runs["search_seed"]), []
+    sizes: dict[Any, list[str]] = {level: [] for level in levels}
+    for index, value in enumerate(lines):
+        shift, colour = 0.5 / len(lines) * (index - (len(lines) - 1) / 2), COLOURS[index % len(COLOURS)]
+        places, means = [], []
+        for at, level in enumerate(levels):
+            cell = runs[(runs[line] == value) & (runs[x] == level)]
+            sizes[level].append(str(len(cell)))
+            if cell.empty:
+                continue
+            for seed, part in cell.groupby("search_seed", dropna=False):
+                axes.scatter(
+                    np.full(len(part), at + shift),
+                    part["error_percent"],
+                    s=16,
+                    color=colour,
+                    marker=markers.get(seed, "o"),
+                    alpha=0.5,
+                    linewidth=0,
+                )
+            mean = mean_interval(cell["error_percent"])
+            places.append(at + shift)
+            means.append(mean)
+            parts.append(
+                cell[["trial_id", "search_seed", "error_percent"]]
+                .assign(x=x, x_level=level, line=line, line_level=value, n=mean.n)
+                .assign(mean=mean.mean, low=mean.low, high=mean.high)
+            )
+        axes.plot(
+            places,
+            np.array([mean.mean for mean in means], dtype=float),
+            color=colour,
+            marker=MARKERS[index % len(MARKERS)],
+            linewidth=1.4,
+            label=f"{_axis(line)} = {value}",
+        )
+        for place, mean in zip(places, means, strict=True):
+            if mean.low is not None and mean.high is not None:
+                axes.plot([place, place], [mean.low, mean.high], color=colour, linewidth=1.4)
+    axes.set_xticks(
+        range(len(levels)), [f"{level}\nn = {', '.join(sizes[level])}" for level in levels], fontsize=8.5
+    )
+    axes.set_xlim(-0.6, len(levels) - 0.4)
+    axes.set_xlabel(_axis(x))
+    axes.set_ylabel("final error (%)")
+    low, high = runs["error_percent"].min(), runs["error_percent"].max()
+    axes.set_ylim(low - 0.5 * (high - low) - 0.05, high + 0.5 * (high - low) + 0.05)
+    axes.grid(axis="y", color=PALE, linewidth=0.5)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5)
+    found: pd.DataFrame = pd.concat(parts)
+    return found
 
 
 # Variance and power
@@ -835,6 +917,11 @@ def anytime(sample: Sample, found: Findings) -> Result:
         )
     figure.supxlabel("hours of search and retraining, end to end (log scale)", fontsize=9.5)
     figure.supylabel("test error of the incumbent (%)", fontsize=9.5)
+    last = [
+        f"{one.arm} {one.middle[-1]:.2f} % {_ends(one.low[-1], one.high[-1])}"
+        for one in shown[:3]
+        if np.isfinite(one.middle[-1])
+    ] or ["not known"]
     handles = [Line2D([], [], color=BLUE, label="arm")]
     if random is not None:
         handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label=f"random (n = {random.n})"))
@@ -842,64 +929,81 @@ def anytime(sample: Sample, found: Findings) -> Result:
     return Drawing(
         "anytime",
         "Error against end-to-end cost.",
-        "n in each panel. The incumbent is chosen on validation and reported on test. Means and 95 % bands "
-        "over 399 sequences of runs drawn with replacement from each arm: what other studies of this size "
-        "would see.",
+        f"n = {sum(one.n for one in found.anytime):,} runs, by arm in each panel. The incumbent is chosen on "
+        "validation and reported on test. Means and 95 % bands over 399 sequences of runs drawn with "
+        "replacement from each arm: what other studies of this size would see. At the end of its cost: "
+        f"{'; '.join(last)}.",
         figure,
         pd.concat(rows),
     )
 
 
 def front(sample: Sample, found: Findings) -> Result:
-    """Error against size with the front of what none is better and smaller than."""
+    """Error against size, and latency where it was recorded, with the front of what none is better than."""
     table = pareto(sample)
     if len(table) < 3 or table["params_m"].nunique() < 2:
         return "fewer than 3 finished runs of different size"
+    prices = {"params_m": "parameters (millions)"}
+    for name in sorted(name for name in map(str, sample.metrics) if name.endswith("latency_ms")):
+        table[name] = sample.metrics[name].reindex(table.index)
+        if table[name].notna().sum() >= 3 and table[name].nunique() > 1:
+            table[f"front_{name}"] = _front(table[name], table["error"])
+            prices[name] = f"{name.removesuffix('_ms').replace('_', ' ')} (ms)"
     figure = blank("", 4.2)
-    axes = figure.add_subplot()
+    panels = figure.subplots(1, len(prices), sharey=True, squeeze=False)[0]
     arms = [arm for arm in sample.tables.arms if (table["arm"] == arm).any()]
     colours = _colours(arms, sample)
     many = len(table) > _MANY_POINTS
-    for arm in arms:
-        runs = table[table["arm"] == arm]
-        axes.scatter(
-            runs["params_m"],
-            runs["error"],
-            s=6 if many else 28,
-            color=colours[arm],
-            alpha=0.4 if many else 0.8,
-            linewidth=0,
-            rasterized=many,
+    for axes, (price, label) in zip(panels, prices.items(), strict=True):
+        for arm in arms:
+            runs = table[table["arm"] == arm]
+            axes.scatter(
+                runs[price],
+                runs["error"],
+                s=6 if many else 28,
+                color=colours[arm],
+                alpha=0.4 if many else 0.8,
+                linewidth=0,
+                rasterized=many,
+            )
+        best = table[table["front" if price == "params_m" else f"front_{price}"]].sort_values(price)
+        axes.step(
+            [*best[price], table[price].max()],
+            [*best["error"], best["error"].iloc[-1]],
+            where="post",
+            color=INK,
+            linewidth=1.3,
         )
-    best = table[table["front"]]
-    axes.step(
-        [*best["params_m"], table["params_m"].max()],
-        [*best["error"], best["error"].iloc[-1]],
-        where="post",
-        color=INK,
-        linewidth=1.3,
-    )
-    axes.set_xlabel("parameters (millions)")
+        axes.set_xlabel(label)
+        axes.grid(color=PALE, linewidth=0.5)
     measure = table["measure"].iloc[0]
-    axes.set_ylabel(f"{measure} (%)")
-    axes.grid(color=PALE, linewidth=0.5)
+    panels[0].set_ylabel(f"{measure} (%)")
     if many:
-        axes.set_ylim(table["error"].min() - 0.5, float(table["error"].quantile(0.995)))
-    handles: list[Any] = [
-        Line2D([], [], color=colours[arm], marker="o", linestyle="", markersize=5, label=arm)
-        for arm in arms[:_MOST_GROUPS]
-    ]
+        panels[0].set_ylim(table["error"].min() - 0.5, float(table["error"].quantile(0.995)))
+    handles = _arm_handles(arms, colours, "")
     _wrapped_legend(figure, [*handles, Line2D([], [], color=INK, label="front")])
     volume = found.hypervolume
-    told = f" Hypervolume {_number(volume)} of the box of all runs." if volume is not None else ""
+    told = (
+        f" Hypervolume of error and size {_number(volume)} of the box of all runs."
+        if volume is not None
+        else ""
+    )
     cut = " The worst 0.5 % lie above the axis." if many else ""
     return Drawing(
         "front",
-        "Error and size.",
-        f"n = {len(table):,}; {len(best)} on the front, which is that of the {measure}.{told}{cut}",
+        "Error and size." if len(prices) == 1 else "Error, size and latency.",
+        f"n = {len(table):,}; {int(table['front'].sum())} on the front of size, which is that of the "
+        f"{measure}.{told}{cut}",
         figure,
         table,
     )
+
+
+def _front(price: "pd.Series[float]", error: "pd.Series[float]") -> "pd.Series[bool]":
+    """Whether no other row is cheaper and errs no more; rows without a price are on no front."""
+    order = pd.DataFrame({"price": price, "error": error}).dropna().sort_values(["price", "error"])
+    found: pd.Series[bool] = order["error"] < order["error"].cummin().shift(fill_value=np.inf)
+    return found.reindex(price.index, fill_value=False)
 
 
 # The search
@@ -907,16 +1011,17 @@ def front(sample: Sample, found: Findings) -> Result:
 
 def trajectories(sample: Sample, found: Findings) -> Result:
     """What the searches did, epoch by epoch, coloured by the error they came to."""
-    epochs = sample.tables.epochs
+    epochs = sample.tables.epochs.astype({"trial_id": str, "stage": str, "key": str})
     epochs = epochs[(epochs["stage"] == "search") & np.isfinite(epochs["value"].astype(float))]
-    keys = [str(key) for key in epochs["key"].unique()]
-    # The eigenvalue comes first: it is what early stopping of a search looks at.
-    wanted = sorted(key for key in keys if "eigenvalue" in key)[:1] + [
-        key for key in ("alpha_entropy", "skips", "valid_error") if key in keys
-    ]
+    keys = sorted(epochs["key"].unique())
+    # The eigenvalue comes first, above all the one by which searches were stopped.
+    eigenvalues = sorted(
+        (key for key in keys if "eigenvalue" in key), key=lambda key: key != "stop_eigenvalue"
+    )
+    others = [key for key in ("alpha_entropy", "skips", "valid_error") if key in keys]
+    wanted = [*eigenvalues[:1], *others][:3]
     if not wanted:
         return "no search recorded its eigenvalue, entropy, skips or error"
-    wanted = wanted[:3]
     error = dict(zip(sample.trials["trial_id"], 100 * sample.error, strict=True))
     known = [value for value in error.values() if np.isfinite(value)]
     scale = (
@@ -925,47 +1030,61 @@ def trajectories(sample: Sample, found: Findings) -> Result:
         else Normalize(0, 1)
     )
     palette = mpl.colormaps["cividis"]
+    stops = {
+        key: epochs[epochs["key"] == key].groupby("trial_id")["value"].last().to_dict()
+        for key in ("stop_epoch", "stop_back_to")
+    }
     figure = blank("", 1.1 + 1.75 * len(wanted))
     panels = figure.subplots(len(wanted), 1, sharex=True, squeeze=False)[:, 0]
-    rows, n = [], 0
+    rows, n, told = [], 0, ""
     for axes, key in zip(panels, wanted, strict=True):
-        part = epochs[epochs["key"] == key].astype({"trial_id": str})
+        part = epochs[epochs["key"] == key]
         n = max(n, part["trial_id"].nunique())
         for trial, run in part.groupby("trial_id"):
             run = run.sort_values("epoch")
-            value = error.get(trial, math.nan)
+            value = error.get(str(trial), math.nan)
             colour = palette(scale(value)) if np.isfinite(value) else GREY
-            axes.plot(
-                run["epoch"],
-                run["value"],
-                color=colour,
-                linewidth=0.9,
-                alpha=0.85,
-                linestyle="-" if np.isfinite(value) else (0, (3, 2)),
-            )
+            style: Any = "-" if np.isfinite(value) else (0, (3, 2))
+            axes.plot(run["epoch"], run["value"], color=colour, linewidth=0.9, alpha=0.85, linestyle=style)
             axes.plot(
                 run["epoch"].iloc[-1:], run["value"].iloc[-1:], color=colour, marker="o", markersize=3.5
             )
+            for event, marker, face in (("stop_epoch", "X", colour), ("stop_back_to", "D", "white")):
+                at = run[run["epoch"] == stops[event].get(trial)]
+                axes.plot(
+                    at["epoch"],
+                    at["value"],
+                    linestyle="",
+                    marker=marker,
+                    markersize=6,
+                    markeredgecolor=colour,
+                    markerfacecolor=face,
+                    zorder=5,
+                )
         by_epoch = part.groupby("epoch")["value"].agg(["mean", "std", "count"])
         margin = (
             stats.t.ppf(0.975, np.maximum(by_epoch["count"] - 1, 1))
             * by_epoch["std"]
             / np.sqrt(by_epoch["count"])
         )
+        low, high = by_epoch["mean"] - margin, by_epoch["mean"] + margin
         axes.plot(by_epoch.index, by_epoch["mean"], color=VERMILION, linewidth=1.8)
-        axes.fill_between(
-            by_epoch.index,
-            by_epoch["mean"] - margin,
-            by_epoch["mean"] + margin,
-            color=VERMILION,
-            alpha=0.18,
-            linewidth=0,
-        )
+        axes.fill_between(by_epoch.index, low, high, color=VERMILION, alpha=0.18, linewidth=0)
         axes.set_ylabel(textwrap.fill(key.replace("_", " "), 16), fontsize=9)
         axes.grid(axis="y", color=PALE, linewidth=0.5)
+        first, last = by_epoch.index[0], by_epoch.index[-1]
+        told += (
+            f" Mean {key.replace('_', ' ')} "
+            + " and ".join(
+                f"{by_epoch['mean'][at]:.3g} {_ends(low[at], high[at], '.3g')} at epoch {at}"
+                for at in dict.fromkeys((first, last))
+            )
+            + "."
+        )
         rows.append(
             part[["trial_id", "epoch", "key", "value"]].assign(
-                final_error_percent=part["trial_id"].map(error)
+                final_error_percent=part["trial_id"].map(error),
+                **{name: part["trial_id"].map(at).astype(float) for name, at in stops.items() if at},
             )
         )
     panels[-1].set_xlabel("epoch of the search")
@@ -975,25 +1094,23 @@ def trajectories(sample: Sample, found: Findings) -> Result:
             mpl.cm.ScalarMappable(scale, palette), ax=list(panels), fraction=0.025, pad=0.01
         )
         bar.set_label("final error (%)", fontsize=8.5)
-    legend(
-        figure,
-        [
+    ended: Any = {"color": GREY, "linewidth": 1, "marker": "o", "markersize": 3.5}
+    handles = [
+        Line2D([], [], label="one search; it ends at the dot", **ended),
+        Line2D([], [], color=VERMILION, linewidth=1.8, label="mean and 95 % interval"),
+    ]
+    if stops["stop_epoch"]:
+        handles += [
+            Line2D([], [], color=GREY, marker="X", linestyle="", label="stopped by its rule"),
             Line2D(
-                [],
-                [],
-                color=GREY,
-                linewidth=1,
-                marker="o",
-                markersize=3.5,
-                label="one search; it ends at the dot",
+                [], [], color=GREY, marker="D", markerfacecolor="white", linestyle="", label="went back to"
             ),
-            Line2D([], [], color=VERMILION, linewidth=1.8, label="mean and 95 % interval"),
-        ],
-    )
+        ]
+    _wrapped_legend(figure, handles)
     return Drawing(
         "trajectories",
         "The searches, epoch by epoch.",
-        f"n = {n} searches; dashed are those without a final error.",
+        f"n = {n} searches; dashed are those without a final error.{told}",
         figure,
         pd.concat(rows),
     )
@@ -1016,83 +1133,119 @@ def learning(sample: Sample, found: Findings) -> Result:
     )
 
 
-def cells(sample: Sample, found: Findings) -> Result:
-    """How often the searches chose each operation at each node."""
-    genotypes = sample.tables.genotypes
-    final = genotypes[genotypes["stage"] == "final"] if len(genotypes) else genotypes
-    if sample.tables.baseline is not None and len(final):
-        random = sample.trials.loc[sample.trials["arm"] == sample.tables.baseline, "trial_id"]
-        final = final[~final["trial_id"].isin(random)]
+def operations(sample: Sample, found: Findings) -> Result:
+    """Share of the genotypes that have each operation at each node."""
+    final = genotypes(sample)
     if final.empty:
         return "no final genotypes of searches were recorded"
-    counts: dict[tuple[str, int, str], int] = {}
-    for text in final["genotype"]:
-        for cell, nodes in json.loads(text).items():
-            if not cell.endswith("_concat"):
-                for node, inputs in enumerate(nodes, start=2):
-                    for op, _ in inputs:
-                        counts[cell, node, op] = counts.get((cell, node, op), 0) + 1
-    kinds = [cell for cell in ("normal", "reduce") if any(key[0] == cell for key in counts)]
-    ops = [op for op in OPERATIONS if any(key[2] == op for key in counts)]
-    nodes = sorted({key[1] for key in counts})
+    edges = cells.edges(list(zip(final["trial_id"], final["genotype"], strict=True)))
+    kinds = [kind for kind in cells.KINDS if (edges["cell"] == kind).any()]
+    ops = [op for op in OPERATIONS if (edges["operation"] == op).any()]
+    nodes, n = sorted(edges["node"].unique()), len(final)
     figure = blank("", 1.3 + 0.3 * len(ops))
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    rows, widest = [], 0.0
-    for axes, cell in zip(panels, kinds, strict=True):
-        totals = {node: sum(counts.get((cell, node, op), 0) for op in ops) for node in nodes}
-        table = np.array(
-            [[counts.get((cell, node, op), 0) / max(totals[node], 1) for node in nodes] for op in ops]
-        )
-        image = axes.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        for i, op in enumerate(ops):
-            for j, node in enumerate(nodes):
-                axes.text(
-                    j,
-                    i,
-                    f"{100 * table[i, j]:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if table[i, j] < 0.55 else INK,
-                )
-                k, n = counts.get((cell, node, op), 0), totals[node]
-                if n:
-                    ends = stats.binomtest(k, n).proportion_ci(method="wilson")
-                    widest = max(widest, (float(ends.high) - float(ends.low)) / 2)
-                    rows.append(
-                        {
-                            "cell": cell,
-                            "node": node,
-                            "op": op,
-                            "share": k / n,
-                            "low": float(ends.low),
-                            "high": float(ends.high),
-                            "n": n,
-                        }
-                    )
+    rows: list[dict[str, Any]] = []
+    for axes, kind in zip(panels, kinds, strict=True):
+        # An operation may stand at both inputs of a node, and it is still one genotype that has it.
+        mine = edges[edges["cell"] == kind].drop_duplicates(["search", "node", "operation"])
+        counts = mine.groupby(["operation", "node"]).size().unstack(fill_value=0)
+        table = counts.reindex(index=ops, columns=nodes, fill_value=0).to_numpy()
+        image = axes.imshow(table / n, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for (i, op), (j, node) in itertools.product(enumerate(ops), enumerate(nodes)):
+            k = int(table[i, j])
+            colour = "white" if k / n < 0.55 else INK
+            axes.text(j, i, f"{100 * k / n:.0f}", ha="center", va="center", fontsize=8, color=colour)
+            ends = stats.binomtest(k, n).proportion_ci(method="wilson")
+            row = {"cell": kind, "node": node, "operation": op, "share": k / n, "n": n}
+            rows.append(row | {"low": float(ends.low), "high": float(ends.high)})
         axes.set_xticks(range(len(nodes)), [str(node) for node in nodes])
         axes.set_xlabel("node")
-        axes.set_title(f"{cell} cell", fontsize=9.5)
+        axes.set_title(f"{cells.KINDS[kind]} cell", fontsize=9.5)
         axes.set_yticks(range(len(ops)), ops, fontsize=8.5)
     bar = figure.colorbar(image, ax=list(panels), fraction=0.03, pad=0.01)
-    bar.set_label("share of the node's inputs", fontsize=8.5)
+    bar.set_label("share of the genotypes", fontsize=8.5)
+    most = max(rows, key=lambda row: row["share"])
     return Drawing(
         "operations",
         "Operations that the searches chose, node by node.",
-        f"n = {len(final)} genotypes, random ones left out; percent of a node's inputs, 95 % intervals "
-        "(Wilson) at most "
-        f"±{100 * widest:.0f} points, each in the data.",
+        f"n = {n:,} genotypes, random ones left out; percent of them that have the operation at an input of "
+        f"the node. Most often: {most['operation']} at node {most['node']} of the "
+        f"{cells.KINDS[most['cell']]} cell, {100 * most['share']:.0f} % "
+        f"[{100 * most['low']:.0f}, {100 * most['high']:.0f}]; 95 % intervals (Wilson) of all in the data.",
         figure,
         pd.DataFrame(rows),
     )
 
 
+def found_cells(arm: str, sample: Sample, found: Findings) -> Result:
+    """The cells that the searches of an arm found, and how far they agree."""
+    final = genotypes(sample).merge(sample.trials[["trial_id", "arm", "name", *_seed(sample)]], on="trial_id")
+    final = final[final["arm"] == arm].sort_values([*_seed(sample), "trial_id"], kind="stable")
+    if final.empty:
+        return "no final genotype was recorded"
+    names = final["name"].astype(str)
+    if sample.kind == "study" and _seed(sample) and final["search_seed"].is_unique:
+        names = "seed " + final["search_seed"].map("{:g}".format)
+    table = cells.edges(list(zip(names, final["genotype"], strict=True)))
+    shown = set(names[: cells.MOST])
+    table["drawn"] = table["search"].isin(shown)
+    most = table.sort_values("agreement", kind="stable").iloc[-1]
+    left_out = len(final) - len(shown)
+    return Drawing(
+        f"cells_{_file_name(arm)}",
+        f"Cells found: {arm}.",
+        f"n = {len(final):,} {'searches' if sample.kind == 'study' else 'networks'}. Each row of a node is "
+        "an input: its operation, and a line from where it comes; the darker, the more share this edge. "
+        f"Most agreed on: {most['operation']} from {most['source']} to {most['node']} in the "
+        f"{cells.KINDS[most['cell']]} cell, {most['agreement']:.2f} {_ends(most['low'], most['high'])}"
+        + (f"; {left_out:,} more are in the data alone." if left_out else "."),
+        cells.grid(table[table["drawn"]]),
+        table,
+    )
+
+
+def _seed(sample: Sample) -> list[str]:
+    return ["search_seed"] if "search_seed" in sample.trials else []
+
+
+def genotypes(sample: Sample) -> pd.DataFrame:
+    """Genotypes that searches ended with, a row each, without random ones: `trial_id`, `genotype` as JSON."""
+    final = sample.tables.genotypes
+    searched = sample.trials.loc[sample.trials["arm"] != sample.tables.baseline, "trial_id"]
+    # A search that was retrained several times has a genotype for each of its retrainings.
+    return final[(final["stage"] == "final") & final["trial_id"].isin(searched)]
+
+
 # All of them
 
 
-def draw(sample: Sample, found: Findings) -> tuple[list[Drawing], dict[str, str]]:
-    """All figures that the sample supports, and why it does not support the others."""
-    makers: dict[str, Callable[[Sample, Findings], Result]] = {
+def write(
+    sample: Sample, found: Findings, folder: Path
+) -> tuple[list[tuple[Drawing, dict[str, Path]]], dict[str, str]]:
+    """Draw all figures that the sample supports into a folder, with their files, and why there are no others.
+
+    A figure that cannot be drawn is left out with its error as the reason.
+    """
+    drawn: list[tuple[Drawing, dict[str, Path]]] = []
+    missing: dict[str, str] = {}
+    for name, make in makers(sample, found).items():
+        try:
+            result = make(sample, found)
+            if isinstance(result, str):
+                missing[name] = result
+                continue
+            if any(result.stem == other.stem for other, _ in drawn):
+                result = replace(result, stem=f"{result.stem}_{len(drawn)}")
+            drawn.append((result, plots.save_vector(result.figure, folder / result.stem, result.data)))
+        except FAILURES as problem:
+            missing[name] = f"could not be drawn: {type(problem).__name__}: {problem}"
+    return drawn, missing
+
+
+def makers(sample: Sample, found: Findings) -> dict[str, Callable[[Sample, Findings], Result]]:
+    """Every figure by the name under which a report says why it is missing."""
+    searched = [arm for arm in sample.tables.arms if arm != sample.tables.baseline]
+    return {
         "flow": flow,
         "error by arm": errors,
         "metrics": overview,
@@ -1100,7 +1253,7 @@ def draw(sample: Sample, found: Findings) -> tuple[list[Drawing], dict[str, str]
         **{f"groups of {one.name}": partial(groups, one) for one in _grouped(found)},
         "heat map": heat,
         "association over epochs": epochs,
-        "interaction of two axes": interaction,
+        "interaction of axes": interaction,
         "seeds": seeds,
         "critical difference": critical,
         "performance profiles": profiles,
@@ -1111,16 +1264,9 @@ def draw(sample: Sample, found: Findings) -> tuple[list[Drawing], dict[str, str]
         "front": front,
         "trajectories": trajectories,
         "learning curves": learning,
-        "operations": cells,
+        "operations": operations,
+        **{f"cells of {arm}": partial(found_cells, arm) for arm in searched[:_MOST_GROUPS]},
     }
-    drawn, missing = [], {}
-    for name, make in makers.items():
-        result = make(sample, found)
-        if isinstance(result, Drawing):
-            drawn.append(result)
-        else:
-            missing[name] = result
-    return drawn, missing
 
 
 def _scattered(found: Findings) -> list[MetricFinding]:
@@ -1170,9 +1316,61 @@ def _panels(figure: Figure, arms: Sequence[str]) -> list[Axes]:
     for axes in grid[len(arms) :]:
         axes.axis("off")
     for axes, arm in zip(grid, arms, strict=False):
-        axes.set_title(textwrap.shorten(arm, 30), fontsize=9)
+        axes.set_title(_short(arm, 30), fontsize=9)
         axes.grid(color=PALE, linewidth=0.5)
     return list(grid[: len(arms)])
+
+
+def _listed(found: Findings) -> tuple[list[MetricFinding], str]:
+    """Metrics that a figure of one row each can label, weakest first: the declared ones and the clearest.
+
+    And the sentence that says how many are left out.
+    """
+    order = ranked(found.metrics)
+    kept = [one for one in order if one.primary]
+    kept += [one for one in order if not one.primary][:_MOST_METRICS]
+    left_out = len(order) - len(kept)
+    told = f" {count(left_out, 'less clear metric')} left out here: see the table." if left_out else ""
+    return sorted(kept, key=lambda one: one.headline.value or 0.0), told
+
+
+def _tested_within(one: MetricFinding) -> bool:
+    """Whether the metric's p-value is that of the association within arms."""
+    return not one.pooled and len(one.grouped.groups) + one.grouped.n_small > 1
+
+
+def _seed_markers(seeds: "pd.Series[Any]") -> dict[Any, str]:
+    """A marker per seed, in the order of the seeds; none where there are more seeds than markers."""
+    found = sorted(seeds.dropna().unique())
+    return dict(zip(found, MARKERS, strict=False)) if len(found) <= len(MARKERS) else {}
+
+
+def _arm_handles(arms: Sequence[str], colours: Mapping[str, Any], line: Any = "-") -> list[Any]:
+    """Entries of a legend for the first arms, and how many more there are."""
+    handles = [
+        Line2D([], [], color=colours[arm], marker="o", markersize=5, linestyle=line, label=_short(arm))
+        for arm in arms[:_MOST_GROUPS]
+    ]
+    if len(arms) > _MOST_GROUPS:
+        handles.append(Line2D([], [], linestyle="", label=f"and {len(arms) - _MOST_GROUPS} more"))
+    return handles
+
+
+def _in_order(level: Any) -> tuple[bool, Any]:
+    """Sorts levels of an axis: numbers before texts."""
+    return isinstance(level, str), level
+
+
+def _axis(column: str) -> str:
+    return column.removeprefix("axes.")
+
+
+def _right_labels(axes: Axes, texts: Sequence[str]) -> None:
+    """A text at the right of each row."""
+    side = axes.secondary_yaxis("right")
+    side.set_yticks(range(len(texts)), list(texts), fontsize=8, color=GREY)
+    side.tick_params(length=0)
+    side.spines["right"].set_visible(False)
 
 
 def _interval(
@@ -1209,12 +1407,28 @@ def _tau_axis(axes: Axes, ceiling: Estimate) -> None:
         axes.axvline(value, color=ORANGE, linewidth=1.1, linestyle=(0, (2, 2)))
 
 
+def tau_ceiling(ceiling: Estimate) -> Estimate:
+    """Noise ceiling on the scale of Kendall's tau, from that of Pearson's r, if metric and error are normal.
+
+    Source: Greiner (1909), tau = 2 / pi arcsin r.
+    """
+    ends = (
+        None if r is None else 2 / math.pi * math.asin(r) for r in (ceiling.value, ceiling.low, ceiling.high)
+    )
+    value, low, high = ends
+    return replace(
+        ceiling, value=value, low=low, high=high, method=f"{ceiling.method}, as tau under normality"
+    )
+
+
 def _ceilings(ceiling: Estimate) -> list[float]:
-    return [] if ceiling.value is None else [ceiling.value, -ceiling.value]
+    most = tau_ceiling(ceiling).value
+    return [] if most is None else [most, -most]
 
 
 def _ceiling_handle(ceiling: Estimate) -> list[Line2D]:
-    if ceiling.value is None:
+    most = tau_ceiling(ceiling).value
+    if most is None:
         return []
     return [
         Line2D(
@@ -1223,18 +1437,24 @@ def _ceiling_handle(ceiling: Estimate) -> list[Line2D]:
             color=ORANGE,
             linewidth=1.1,
             linestyle=(0, (2, 2)),
-            label=f"noise ceiling {ceiling.value:.3g}",
+            label=f"noise ceiling {most:.2f}, under normality",
         )
     ]
 
 
 def _trend(axes: Axes, x: Any, y: Any, colour: str, style: Any, width: float) -> None:
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(a) < 3 or np.ptp(a) < 1e-12 * max(1e-300, float(np.abs(a).max())):
+    if len(a) < 3 or not _varies(a):
         return
     slope, at = np.polyfit(a - a.mean(), b, 1)
     ends = np.array([a.min(), a.max()])
     axes.plot(ends, at + slope * (ends - a.mean()), color=colour, linestyle=style, linewidth=width, zorder=4)
+
+
+def _varies(values: Any) -> bool:
+    """Whether values lie apart by more than rounding, so that they have bins and a slope."""
+    a = np.asarray(values, dtype=float)
+    return bool(np.ptp(a) > 1e-12 * np.abs(a).max())
 
 
 def _colours(arms: Sequence[str], sample: Sample) -> Mapping[str, Any]:
@@ -1295,7 +1515,34 @@ def _sentence(text: str | None) -> str:
 
 
 def _number(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "not known"
-    ends = "no interval" if estimate.low is None else f"[{estimate.low:.2f}, {estimate.high:.2f}]"
-    return f"{estimate.value:.2f} {ends}"
+    return (
+        "not known"
+        if estimate.value is None
+        else f"{estimate.value:.2f} {_ends(estimate.low, estimate.high)}"
+    )
+
+
+def _ends(low: float | None, high: float | None, form: str = ".2f") -> str:
+    """An interval in brackets, or that there is none."""
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return "(no interval)"
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+def _named_estimates(estimates: Mapping[str, Estimate], most: int = 3) -> str:
+    """The first few estimates with their names and intervals, as text."""
+    named = [f"{name} {_number(estimate)}" for name, estimate in list(estimates.items())[:most]]
+    return "; ".join([*named, *(["others in the data"] if len(estimates) > most else [])])
+
+
+def _short(text: str, most: int = 34) -> str:
+    """Text cut in its middle: what tells names apart stands at either end."""
+    if len(text) <= most:
+        return text
+    head = most // 2
+    return f"{text[:head]}…{text[head + 1 - most :]}"
+
+
+def _file_name(text: str) -> str:
+    """Text as part of the name of a file."""
+    return re.sub(r"[^\w.=+-]+", "_", text)[:80]

@@ -103,7 +103,7 @@ td.t { min-width: 9rem; } td.w { min-width: 15rem; }
 .caption { font-size: 0.85rem; color: var(--soft); margin: 0.2em 0 1.4em; }
 figure { margin: 1.2em 0 1.8em; }
 figure .frame { background: #ffffff; border: 1px solid var(--line); border-radius: 6px; padding: 6px; }
-figure img { display: block; width: 100%; min-width: 620px; height: auto; }
+figure img { display: block; width: 100%; min-width: 680px; height: auto; }
 figcaption { font-size: 0.87rem; color: var(--soft); margin-top: 0.5em; max-width: 46rem; }
 summary { cursor: pointer; color: var(--link); margin: 0.6em 0; }
 @media (max-width: 680px) { main { padding: 14px 14px 60px; } h1 { font-size: 1.3rem; }

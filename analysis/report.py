@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import checklist, figures, loaders, page, plots, sections
+from analysis import checklist, figures, loaders, page, sections
 from analysis.checklist import Item
-from analysis.figures import Drawing
 from analysis.findings import Findings, find, plain
 from analysis.loaders import Sample
 from analysis.page import Picture
@@ -41,12 +40,11 @@ def write_sample(sample: Sample, out: Path, *, pool: bool = False) -> list[Path]
         raise ValueError(f"--out {out} is a file; name a folder")
     found = find(sample, pool=pool)
     items = checklist.checklist(sample, found)
-    drawn, missing = figures.draw(sample, found)
     out.mkdir(parents=True, exist_ok=True)
     _clear(out)
+    drawn, missing = figures.write(sample, found, out / "figures")
     pictures, written = {}, []
-    for drawing in drawn:
-        paths = plots.save_vector(drawing.figure, out / "figures" / drawing.stem, drawing.data)
+    for drawing, paths in drawn:
         pictures[drawing.stem] = Picture(paths["svg"], drawing.title, drawing.caption, paths["csv"])
         written += [paths["svg"], paths["csv"]]
     for source in sample.drawings:
@@ -60,7 +58,7 @@ def write_sample(sample: Sample, out: Path, *, pool: bool = False) -> list[Path]
     title = str(sample.tables.study["question"] or sample.tables.study["name"])
     subtitle = _subtitle(sample, found)
     blocks = sections.page_blocks(sample, found, items, pictures, missing)
-    results = _results(sample, found, items, drawn, missing)
+    results = _results(sample, found, items, list(pictures), missing)
     texts = (
         page.to_html(title, subtitle, blocks),
         page.to_markdown(title, subtitle, blocks, out),
@@ -104,7 +102,7 @@ def _results(
     sample: Sample,
     found: Findings,
     items: Sequence[Item],
-    drawn: Sequence[Drawing],
+    drawn: Sequence[str],
     missing: Mapping[str, str],
 ) -> dict[str, Any]:
     study = sample.tables.study
@@ -139,6 +137,6 @@ def _results(
         "checklist": plain(list(items)),
         "provenance": plain(study.get("provenance") or {}),
         "sources": dict(sample.sources),
-        "figures": [*(drawing.stem for drawing in drawn), *(f"cell_{path.stem}" for path in sample.drawings)],
+        "figures": list(drawn),
         "figures_not_drawn": dict(missing),
     }

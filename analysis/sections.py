@@ -103,13 +103,10 @@ def page_blocks(
     blocks += shown("improvement", "profiles", "critical_difference", "seeds")
     blocks += [*_aggregates(found)]
     blocks += [Heading("Search metrics and the final error"), *_metrics(sample, found, shown)]
-    if sample.kind == "study":
-        blocks += [Heading("The searches"), *shown("trajectories", "operations", "cell_", "curves")]
-        blocks += (
-            []
-            if shown("trajectories", "operations", "cell_", "curves")
-            else [Text("No search was recorded over epochs.")]
-        )
+    searched = shown("trajectories", "operations", "cells_", "cell_", "curves")
+    if sample.kind == "study" or searched:
+        blocks.append(Heading("The searches" if sample.kind == "study" else "The networks"))
+        blocks += searched or [Text("No search was recorded over epochs.")]
     blocks += [Heading("Variance and power"), *_variance(found), *shown("variance", "power")]
     blocks += [Heading("Cost and size"), *shown("anytime", "front")]
     if not shown("anytime", "front"):

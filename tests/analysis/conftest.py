@@ -1,14 +1,24 @@
 """Synthetic study folders: a helper that writes the records a study would have written."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from analysis import figures
 from analysis.records import Tables, append_row, export, read_tables
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _strict_figures() -> Iterator[None]:
+    """A figure that cannot be drawn fails its test, where a report would leave it out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "FAILURES", ())
+        yield
+
 
 SKIP = (("skip_connect", 0), ("sep_conv_3x3", 1))
 CONV = (("sep_conv_3x3", 0), ("sep_conv_3x3", 1))

@@ -9,6 +9,7 @@ MODULES = (
     "__main__",
     "aggregate",
     "anytime",
+    "cells",
     "checklist",
     "compare",
     "correlate",
