@@ -24,7 +24,7 @@ from scipy import stats
 from analysis import cells, planning, plots
 from analysis.compare import mean_interval
 from analysis.correlate import EpochAssociation
-from analysis.findings import Findings, MetricFinding, by_seed, pareto, ranked, swept
+from analysis.findings import EpochCurve, Findings, MetricFinding, by_seed, pareto, ranked, swept
 from analysis.loaders import Sample
 from analysis.plots import BLUE, GREY, INK, PALE, VERMILION, blank, legend
 from analysis.resample import Estimate, count
@@ -437,57 +437,77 @@ def heat(sample: Sample, found: Findings) -> Result:
 
 
 def epochs(sample: Sample, found: Findings) -> Result:
-    """Tau-b of metrics with the final error over the epochs, with the rows at risk."""
+    """Tau-b of metrics with the final error over the epochs, within arms and pooled, and the rows at risk."""
     if not found.curves:
         return "no metric was recorded over epochs, or rows may not be pooled"
-    figure = blank("", 3.7)
-    axes = figure.add_subplot()
-    rows = []
-    for curve, colour, marker in zip(found.curves, COLOURS, MARKERS, strict=False):
-        at = [_epoch(point) for point in curve.points if point.estimate.value is not None]
-        kept = [point.estimate for point in curve.points if point.estimate.value is not None]
-        values = [estimate.value or 0.0 for estimate in kept]
-        axes.plot(at, values, color=colour, marker=marker, markersize=4, label=curve.name)
-        low = [math.nan if e.low is None else e.low for e in kept]
-        high = [math.nan if e.high is None else e.high for e in kept]
-        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-        rows += [
-            _row(curve.name, p.estimate, "epoch") | {"epoch": p.epoch, "at_risk": p.at_risk}
-            for p in curve.points
-        ]
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_ylim(-1.05, 1.05)
-    axes.grid(axis="y", color=PALE, linewidth=0.5)
-    axes.set_ylabel("tau-b with final error")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    first = found.curves[0]
-    axes.set_xlabel("epoch of the search" if first.stage == "search" else "epoch of retraining")
-    for value in _ceilings(found.ceiling):
-        axes.axhline(value, color=ORANGE, linewidth=1.1, linestyle=(0, (2, 2)))
-    risk = axes.secondary_xaxis(-0.2)
-    risk.set_xticks(
-        [_epoch(p) for p in first.points], [str(p.at_risk) for p in first.points], fontsize=7.5, color=GREY
-    )
-    risk.tick_params(length=0)
-    risk.spines["bottom"].set_visible(False)
-    risk.set_xlabel(f"runs at risk ({first.name})", fontsize=8, color=GREY)
-    handles: list[Any] = [
-        Line2D([], [], color=colour, marker=marker, markersize=4, label=curve.name)
-        for curve, colour, marker in zip(found.curves, COLOURS, MARKERS, strict=False)
+    figure = blank("", 0.6 + 2.6 * len(found.curves))
+    panels = figure.subplots(len(found.curves), 1, squeeze=False)[:, 0]
+    rows, told, several = [], "", any(curve.pooled is not curve.points for curve in found.curves)
+    for axes, curve in zip(panels, found.curves, strict=True):
+        _over_epochs(axes, curve.points, BLUE, "-", "o")
+        if several:
+            _over_epochs(axes, curve.pooled, GREY, (0, (4, 2)), "s")
+        for kind, points in (("within", curve.points), ("pooled", curve.pooled))[: 1 + several]:
+            rows += [
+                _row(curve.name, point.estimate, kind if several else "all rows")
+                | {"epoch": _epoch(point), "at_risk": point.at_risk}
+                for point in points
+            ]
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_ylim(-1.05, 1.05)
+        axes.grid(axis="y", color=PALE, linewidth=0.5)
+        axes.set_title(_short(curve.name, 60), fontsize=9.5, loc="left")
+        axes.set_ylabel("tau-b with final error", fontsize=9)
+        for value in _ceilings(found.ceiling):
+            axes.axhline(value, color=ORANGE, linewidth=1.1, linestyle=(0, (2, 2)))
+        at = [_epoch(point) for point in curve.points]
+        axes.set_xticks(at)
+        axes.set_xlabel("epoch of the search" if curve.stage == "search" else "epoch of training", fontsize=9)
+        risk = axes.secondary_xaxis(-0.3)
+        risk.set_xticks(at, [f"{point.at_risk:,}" for point in curve.points], fontsize=7.5, color=GREY)
+        risk.tick_params(length=0)
+        risk.spines["bottom"].set_visible(False)
+        risk.set_xlabel("runs at risk", fontsize=8, color=GREY)
+        told += f" {curve.name}: {_best_epoch(curve)}."
+    handles = [
+        Line2D([], [], color=BLUE, marker="o", markersize=4, label="within arms" if several else "all rows")
     ]
-    legend(figure, [*handles, *_ceiling_handle(found.ceiling)])
-    told = "".join(
-        f" {c.name}: best at epoch {c.best.epoch}, p = {c.best.p:.3f} as best of {c.best.n_epochs} epochs."
-        for c in found.curves
-        if c.best.p is not None
-    )
+    if several:
+        handles.append(
+            Line2D(
+                [], [], color=GREY, linestyle=(0, (4, 2)), marker="s", markersize=4, label="pooled over arms"
+            )
+        )
+    _wrapped_legend(figure, [*handles, *_ceiling_handle(found.ceiling)])
+    pooled = " within arms, and dashed pooled," if several else ""
     return Drawing(
         "epochs",
         "How early a metric tells the final error.",
-        f"Tau-b pooled over arms, 95 % bands pointwise; n = {first.n:,} with a final error.{told}",
+        f"n = {found.curves[0].n:,} with a final error; tau-b{pooled} with 95 % bands, pointwise.{told}",
         figure,
         pd.DataFrame(rows),
     )
+
+
+def _over_epochs(
+    axes: Axes, points: Sequence[EpochAssociation], colour: str, style: Any, marker: str
+) -> None:
+    defined = [point for point in points if point.estimate.value is not None]
+    at, kept = [_epoch(point) for point in defined], [point.estimate for point in defined]
+    values, low, high = (
+        np.array([getattr(one, end) for one in kept], dtype=float) for end in ("value", "low", "high")
+    )
+    axes.plot(at, values, color=colour, linestyle=style, marker=marker, markersize=4)
+    axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _best_epoch(curve: EpochCurve) -> str:
+    """The strongest epoch with its interval, and its p-value as the best of all."""
+    best = next((one for one in curve.points if one.epoch == curve.best.epoch), None)
+    if best is None:
+        return "no epoch stands out"
+    p = "" if curve.best.p is None else f", p = {curve.best.p:.3f} as best of {curve.best.n_epochs} epochs"
+    return f"strongest at epoch {best.epoch}, {_number(best.estimate)}{p}"
 
 
 # Arms

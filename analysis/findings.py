@@ -133,6 +133,11 @@ class EpochCurve:
     name: str
     stage: str
     points: tuple[correlate.EpochAssociation, ...]
+    """Within arms, where there are several."""
+
+    pooled: tuple[correlate.EpochAssociation, ...]
+    """Over all rows; the same as `points` where there is one arm only."""
+
     best: correlate.BestEpoch
     n: int
 
@@ -873,10 +878,17 @@ def _curves(sample: Sample, metrics: tuple[MetricFinding, ...], draws: Draws) ->
         wide = wide.iloc[:, steps]
         values = wide.to_numpy()
         step = _resolution(values[np.isfinite(values)])
-        error, units = sample.error.to_numpy(), sample.units.tolist()
-        points = correlate.over_epochs(wide, error, units=units, resolution=step, draws=draws)
-        best = correlate.best_epoch(wide, error, units=units, resolution=step, draws=draws)
-        found.append(EpochCurve(key, stage, points, best, int(sample.error.notna().sum())))
+        error, arms = sample.error.to_numpy(), sample.trials["arm"].tolist()
+        groups = arms if len(set(arms)) > 1 else None
+        units = [f"{arm} {unit}" for arm, unit in zip(arms, sample.units, strict=True)]
+        points = correlate.over_epochs(wide, error, groups=groups, units=units, resolution=step, draws=draws)
+        pooled = points
+        if groups:
+            pooled = correlate.over_epochs(
+                wide, error, units=sample.units.tolist(), resolution=step, draws=draws
+            )
+        best = correlate.best_epoch(wide, error, groups=groups, units=units, resolution=step, draws=draws)
+        found.append(EpochCurve(key, stage, points, pooled, best, int(sample.error.notna().sum())))
     return tuple(found)
 
 
