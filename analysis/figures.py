@@ -164,10 +164,11 @@ def errors(sample: Sample, found: Findings) -> Result:
     data = plots.error_data(sample.tables)
     means = data.dropna(subset=["error_mean"]).drop_duplicates("arm").sort_values("error_mean")
     least = means.iloc[0]
+    bars = "; bars are 95 % t intervals of the means" if means["error_low"].notna().any() else ""
     return Drawing(
         "error_by_arm",
         "Final error by arm.",
-        f"n = {found.counts.n_used:,} runs, each a dot; bars are 95 % t intervals of the means. Lowest mean: "
+        f"n = {found.counts.n_used:,} runs, each a dot{bars}. Lowest mean: "
         f"{least['arm']}, {least['error_mean']:.2f} % "
         f"{_ends(least['error_low'], least['error_high'])}.{told}",
         figure,
@@ -1201,9 +1202,7 @@ def found_cells(arm: str, sample: Sample, found: Findings) -> Result:
     """The cells that the searches of an arm found, and how far they agree."""
     final = genotypes(sample).merge(sample.trials[["trial_id", "arm", "name", *_seed(sample)]], on="trial_id")
     final = final[final["arm"] == arm].sort_values([*_seed(sample), "trial_id"], kind="stable")
-    if final.empty:
-        return "no final genotype was recorded"
-    names = final["name"].astype(str)
+    names = final["name" if final["name"].is_unique else "trial_id"].astype(str)
     if sample.kind == "study" and _seed(sample) and final["search_seed"].is_unique:
         names = "seed " + final["search_seed"].map("{:g}".format)
     table = cells.edges(list(zip(names, final["genotype"], strict=True)))
@@ -1264,7 +1263,8 @@ def write(
 
 def makers(sample: Sample, found: Findings) -> dict[str, Callable[[Sample, Findings], Result]]:
     """Every figure by the name under which a report says why it is missing."""
-    searched = [arm for arm in sample.tables.arms if arm != sample.tables.baseline]
+    known = sample.trials["trial_id"].isin(genotypes(sample)["trial_id"])
+    searched = [arm for arm in sample.tables.arms if (known & (sample.trials["arm"] == arm)).any()]
     return {
         "flow": flow,
         "error by arm": errors,
