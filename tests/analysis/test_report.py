@@ -333,7 +333,7 @@ def test_captions_state_n(written: tuple[Path, list[Path]]) -> None:
     captions = [line for line in lines if re.search(r" Data: \[.*\.csv\]", line)]
     assert len(captions) > 12
     for caption in captions:
-        assert re.search(r"\bn\b", caption)
+        assert re.search(r"\bn = [\d,]+", caption)
 
 
 def test_weights_are_taken_within_arms(tmp_path: Path) -> None:
