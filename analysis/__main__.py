@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import across, compare, correlate, divergence, findings, loaders, planning, report, studies
+from analysis import (
+    across,
+    compare,
+    correlate,
+    divergence,
+    findings,
+    loaders,
+    planning,
+    report,
+    studies,
+    summary,
+)
 from analysis.findings import MetricFinding
 from analysis.loaders import Sample
 from analysis.planning import Plan
@@ -235,7 +246,7 @@ def _correlate(options: argparse.Namespace) -> int:
                 f"{option} {name} was not recorded; recorded are {', '.join(sample.metrics.columns)}"
             )
     if sample.protocols is not None and not options.pool:
-        told = findings.told_protocols(sample.protocols)
+        told = summary.told_protocols(sample.protocols)
         raise ValueError(
             f"rows were measured under different protocols ({told}); --pool pools them all the same"
         )

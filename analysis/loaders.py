@@ -23,11 +23,14 @@ from numpy.typing import NDArray
 
 from analysis import records
 from analysis.records import Tables
-from analysis.summary import by_search
+from analysis.summary import by_search, differing
 from nas.genotype import Genotype
 
 # Names of end metrics that are results of retraining, and columns that describe a trial.
 _RESULTS = ("test_", "valid_", "train_", "retrain_", "best_")
+_BOOKKEEPING = ("_status", "_sd", "_low", "_high", "_seconds", "stop_epoch", "stop_back_to")
+"""How names of columns end that describe a measurement, its cost or its spread, and measure nothing else."""
+
 _NOT_METRICS = {"attempts", "completion_probability", "marks", "audit", "search_id", "retraining_id"}
 
 
@@ -185,7 +188,8 @@ def _finals(tables: Tables) -> pd.DataFrame:
 def search_metrics(tables: Tables) -> pd.DataFrame:
     """What was recorded of each trial before its retraining: end metrics, else the last epoch of its search.
 
-    Only searches that ended count: the last epoch of one that was cut short is not its result.
+    Neither status, spread and seconds of single measurements, nor the epoch of a stop, are metrics. Only
+    searches that ended count: the last epoch of one that was cut short is not its result.
     """
     trials = tables.trials
     fixed = {"trial_id", "arm", "name", "status", "reason", "genotype", "genotype_key", "study_id"}
@@ -215,14 +219,8 @@ def search_metrics(tables: Tables) -> pd.DataFrame:
             name = key if key in found.columns and not key.endswith("_mb") else f"search_{key}"
             column = wide[key].astype(float)
             found[name] = found[name].where(found[name].notna(), column) if name in found else column
-    return found[sorted(name for name in found.columns if found[name].notna().any())]
-
-
-def differing(trials: pd.DataFrame) -> dict[str, list[str]] | None:
-    """Columns of the protocol in which rows differ, with the values; None if all were measured alike."""
-    columns = [name for name in map(str, trials.columns) if records.is_protocol(name)]
-    found = {name: sorted(map(str, trials[name].unique())) for name in columns}
-    return {name: values for name, values in found.items() if len(values) > 1} or None
+    told = [str(name) for name in found if name == "search_seconds" or not str(name).endswith(_BOOKKEEPING)]
+    return found[sorted(name for name in told if found[name].notna().any())]
 
 
 # MLflow

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from analysis import compare, findings, loaders, planning, summary
+from analysis import compare, findings, planning, summary
 from analysis.compare import Comparison, Equivalence, PairedDifference, Reproduction
 from analysis.loaders import Sample
 from analysis.resample import Estimate, count
@@ -76,10 +76,10 @@ def alike(samples: Sequence[Sample], pool: bool = False) -> list[str]:
     ended = pd.concat(
         [sample.trials[sample.trials["status"] != "pending"] for sample in samples], ignore_index=True
     )
-    if not any(str(name).startswith(loaders.PROTOCOL) for name in ended):
+    if not any(records.is_protocol(str(name)) for name in ended):
         told.append("protocol: not recorded, so it is not known that all runs were trained alike")
-    if found := loaders.differing(ended):
-        differing.append(findings.told_protocols(found))
+    if found := summary.differing(ended):
+        differing.append(summary.told_protocols(found))
     if differing and not pool:
         raise ValueError(
             f"errors are not measured alike: {'; '.join(differing)}; --pool compares them all the same"

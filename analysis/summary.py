@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from analysis.compare import Difference, difference, holm, mean_interval, relative_improvement, verdict
 from analysis.planning import POWER
-from analysis.records import Tables
+from analysis.records import Tables, is_protocol
 
 WIDTH = 100
 """Columns of a terminal that `render` fits; long names of arms are wrapped."""
@@ -30,8 +30,9 @@ def by_search(tables: Tables) -> Tables:
     """The tables with one row per search, whose errors are the means over the retrainings of what it found.
 
     Several retrainings of one network do not make several searches: claims about arms rest on searches. A
-    search counts as completed with its first retraining that was; epochs of retraining are those of its first
-    row, with the seconds of all.
+    search counts as completed with its first retraining that was, so it was to be completed with the
+    probability that any of them was; epochs of retraining are those of its first row, with the seconds of
+    all.
     """
     trials = tables.trials
     if "search_id" not in trials or trials["search_id"].is_unique:
@@ -45,10 +46,21 @@ def by_search(tables: Tables) -> Tables:
     first.loc[means.index, results] = means
     first["stopped_retrainings"] = (trials["status"] == "pruned").groupby(trials["search_id"]).sum()
     if "completion_probability" in first:
-        chances = trials.groupby("search_id")["completion_probability"]
-        first["completion_probability"] = chances.first().where(chances.nunique() == 1)
+        first["completion_probability"] = _chances(tables)
     first = first.reset_index(drop=True)
     return replace(tables, trials=first, epochs=_epochs_by_search(tables, first))
+
+
+def _chances(tables: Tables) -> "pd.Series[float]":
+    """Probability by search with which it was to get a final error, of any of its retrainings.
+
+    Retrainings are stopped each by itself; where rungs lie in the search, all of them wait on one decision.
+    """
+    chance = tables.trials["completion_probability"].astype(float)
+    by = tables.trials["search_id"]
+    if (tables.study.get("stopping") or {}).get("rungs") == "search_epoch":
+        return chance.groupby(by).first()
+    return 1 - (1 - chance).groupby(by).prod()
 
 
 def _epochs_by_search(tables: Tables, first: pd.DataFrame) -> pd.DataFrame:
@@ -69,6 +81,25 @@ def _epochs_by_search(tables: Tables, first: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([kept, sums[kept.columns]], ignore_index=True)
 
 
+def differing(trials: pd.DataFrame) -> dict[str, list[str]] | None:
+    """Columns of the protocol in which rows differ, with the values; None if all were measured alike."""
+    columns = [name for name in map(str, trials.columns) if is_protocol(name)]
+    found = {name: sorted(map(str, trials[name].unique())) for name in columns}
+    return {name: values for name, values in found.items() if len(values) > 1} or None
+
+
+def told_protocols(protocols: Mapping[str, Sequence[str]], most: int = 6) -> str:
+    """The fields in which protocols differ, as text; beyond `most` only their number."""
+    named = [f"{name}: {', '.join(values[:4])}" for name, values in list(protocols.items())[:most]]
+    more = len(protocols) - len(named)
+    return "; ".join([*named, *([f"and {more} more"] if more else [])])
+
+
+def pooled(tables: Tables) -> Tables:
+    """The tables of a study whose runs are compared although they were measured under different protocols."""
+    return replace(tables, study={**tables.study, "pool": True})
+
+
 def summarise(tables: Tables) -> pd.DataFrame:
     """One row per arm, in the order of the study; runs are searches, whatever the number of retrainings.
 
@@ -78,7 +109,8 @@ def summarise(tables: Tables) -> pd.DataFrame:
         n_total, n_pruned, n_failed, n_pending, n_missing: all trials, and those that are not in n; failed
             includes oom and diverged, missing are those completed without a test error.
         error_mean, error_low, error_high, no_interval: mean test error in percent with its 95 % t interval,
-            or the reason why there is no interval: no spread between runs, or runs that are not independent.
+            or the reason why there is no interval: no spread between runs, or runs that are not independent
+            or not measured alike.
         params_m, skips, search_seconds, search_saved_mb, peak_memory_mb: means; saved is what one search step
             keeps for the backward pass.
         n_unique: different final networks, counted by genotype key.
@@ -101,7 +133,10 @@ class Claim:
     other: str
 
     difference: Difference | None
-    """Of test errors in percentage points; None where an arm has no finished run."""
+    """Of test errors in percentage points; None where an arm has no finished run.
+
+    Where there is a doubt, the difference and A12 alone: nothing that rests on independent runs.
+    """
 
     adjusted_p: float | None
     """By Holm's method over all claims that can be judged; None for those that cannot."""
@@ -118,12 +153,12 @@ def judged(tables: Tables) -> tuple[Claim, ...]:
     """Each arm against the reference arm and against random; the claim is always that the arm errs less.
 
     All comparisons form one family for Holm's adjustment, except those that get no verdict: of arms whose
-    finished runs are not a sample of independent ones.
+    finished runs are not a sample of independent ones, or were measured under different protocols.
     """
     tables = by_search(tables)
     pairs = _pairs(tables)
-    results = {pair: _compared(tables, *pair) for pair in pairs}
-    doubts = {pair: doubt(*((tables, arm) for arm in pair)) for pair in pairs}
+    doubts = {pair: doubt(*((tables, arm) for arm in pair)) or _protocols(tables, *pair) for pair in pairs}
+    results = {pair: _compared(tables, *pair, doubts[pair]) for pair in pairs}
     p_values = {
         pair: result.p
         for pair, result in results.items()
@@ -146,7 +181,7 @@ def doubt(*sides: tuple[Tables, str]) -> str | None:
     """
     arms: dict[str, list[str]] = {}
     for tables, name in sides:
-        if reason := _dependence(tables, name):
+        if reason := dependence(tables, name):
             arms.setdefault(reason, []).append(name)
     found = [f"{reason} ({', '.join(names)})" for reason, names in arms.items()]
     if not found and (shared := _shared(*sides)):
@@ -245,8 +280,8 @@ def _summary(tables: Tables, arm: str) -> dict[str, object]:
     by_status = trials["status"].value_counts().to_dict()
     pruned, pending = by_status.get("pruned", 0), by_status.get("pending", 0)
     failed = sum(by_status.get(status, 0) for status in _FAILURES)
-    dependence = _dependence(tables, arm) if len(finals) else None
-    no_interval = dependence or (
+    doubted = (dependence(tables, arm) or _protocols(tables, arm)) if len(finals) else None
+    no_interval = doubted or (
         f"{error.reason}, so the spread between runs is unknown" if error.reason else ""
     )
     role = "baseline" if arm == tables.baseline else "reference" if arm == tables.reference else ""
@@ -260,8 +295,8 @@ def _summary(tables: Tables, arm: str) -> dict[str, object]:
         "n_pending": pending,
         "n_missing": len(trials) - len(finals) - pruned - failed - pending,
         "error_mean": np.nan if error.mean is None else error.mean,
-        "error_low": np.nan if error.low is None or dependence else error.low,
-        "error_high": np.nan if error.high is None or dependence else error.high,
+        "error_low": np.nan if error.low is None or doubted else error.low,
+        "error_high": np.nan if error.high is None or doubted else error.high,
         "no_interval": no_interval,
         **{name: float(finals[name].mean()) if name in finals else np.nan for name in _MEANS},
         "n_unique": finals["genotype_key"].nunique(),
@@ -269,10 +304,11 @@ def _summary(tables: Tables, arm: str) -> dict[str, object]:
     }
 
 
-def _dependence(tables: Tables, arm: str) -> str | None:
+def dependence(tables: Tables, arm: str, *, stopped: bool = True) -> str | None:
     """Why the finished runs of an arm are not a fair sample of independent runs, if so.
 
-    Intervals and p-values rest on independence, so such an arm gets neither.
+    Intervals and p-values rest on independence, so such an arm gets neither. Without `stopped`, runs that
+    were stopped are no such reason: where they are paid for, and count as what the arm does.
     """
     reasons = []
     if tables.study.get("joint", False) and arm != tables.baseline:
@@ -283,7 +319,7 @@ def _dependence(tables: Tables, arm: str) -> str | None:
     pruned = int((mine["status"] == "pruned").sum())
     if "stopped_retrainings" in mine:  # of a search one may have been stopped, and another not
         pruned = int((mine["stopped_retrainings"] > 0).sum())
-    if pruned:
+    if pruned and stopped:
         was = "was" if pruned == 1 else "were"
         reasons.append(
             f"{pruned} of its {_count(len(mine), 'run')} {was} stopped early, "
@@ -292,6 +328,13 @@ def _dependence(tables: Tables, arm: str) -> str | None:
     if shared := _shared((tables, arm)):
         reasons.append(f"{shared} of its searches found one network and share its retrainings")
     return ", and ".join(reasons) or None
+
+
+def _protocols(tables: Tables, *arms: str) -> str | None:
+    """That the finished runs of arms were measured under different protocols, if so and not to be pooled."""
+    used = tables.finals()
+    found = None if tables.study.get("pool") else differing(used[used["arm"].isin(arms)])
+    return f"measured under different protocols ({told_protocols(found)})" if found else None
 
 
 def _shared(*sides: tuple[Tables, str]) -> int:
@@ -397,9 +440,25 @@ def _pairs(tables: Tables) -> list[tuple[str, str]]:
     return [(arm, other) for arm, other in dict.fromkeys(pairs) if arm not in (other, tables.baseline)]
 
 
-def _compared(tables: Tables, arm: str, other: str) -> Difference | None:
+def _compared(tables: Tables, arm: str, other: str, doubt: str | None) -> Difference | None:
     a, b = _errors(tables, arm), _errors(tables, other)
-    return difference(a, b) if len(a) and len(b) else None
+    if not len(a) or not len(b):
+        return None
+    found = difference(a, b)
+    if doubt is None:
+        return found
+    return replace(
+        found,
+        low=None,
+        high=None,
+        p=None,
+        t=None,
+        df=None,
+        cohens_d=None,
+        hedges_g=None,
+        minimum_detectable=None,
+        reason=doubt,
+    )
 
 
 def _claim(
