@@ -129,7 +129,8 @@ def _several(sample: Sample, found: Findings) -> Finding:
     if "search_seed" not in sample.trials or not found.counts.n_used:
         return "unknown", "no search seeds were recorded"
     used = sample.trials[sample.error.notna()].groupby("arm")["search_seed"].nunique()
-    text = ", ".join(f"{arm}: {int(used.get(arm, 0))}" for arm in sample.tables.arms)
+    used = used.reindex(sample.tables.arms, fill_value=0)
+    text = ", ".join(f"{arm}: {int(used[arm])}" for arm in sample.tables.arms)
     return ("yes" if used.min() > 1 else "no"), f"search seeds with a final error, {text}"
 
 
@@ -151,11 +152,14 @@ def _end_to_end(sample: Sample, found: Findings) -> Finding:
     if not np.isfinite(hours).any():
         return "no", "no seconds were recorded"
     lost = int((~np.isfinite(hours)).sum())
-    return (
-        "no" if lost else "yes",
+    told = (
         f"{hours.sum():.3g} hours of search and retraining over all trials, stopped and failed ones included"
-        + (f"; {lost} trials without a time" if lost else ""),
     )
+    if lost:
+        return "no", f"{told}; {lost} trials without a time"
+    if sample.tables.study.get("joint"):
+        return "yes", f"{told}; settings were searched for within them"
+    return "unknown", f"{told}; no record of what it cost to tune the settings"
 
 
 def _details(sample: Sample, found: Findings) -> Finding:
