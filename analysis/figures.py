@@ -951,7 +951,7 @@ def anytime(sample: Sample, found: Findings) -> Result:
         "anytime",
         "Error against end-to-end cost.",
         f"n = {sum(one.n for one in found.anytime):,} runs, by arm in each panel. The incumbent is chosen on "
-        "validation and reported on test. Means and 95 % bands over 399 sequences of runs drawn with "
+        "validation and reported on test. Medians and 95 % bands over 399 sequences of runs drawn with "
         "replacement from each arm: what other studies of this size would see. At the end of its cost: "
         f"{'; '.join(last)}.",
         figure,
@@ -1251,7 +1251,7 @@ def write(
         try:
             result = make(sample, found)
             if isinstance(result, str):
-                missing[name] = result
+                missing[name] = (found.unlike if name in _POOLED else None) or result
                 continue
             if any(result.stem == other.stem for other, _ in drawn):
                 result = replace(result, stem=f"{result.stem}_{len(drawn)}")
@@ -1259,6 +1259,22 @@ def write(
         except FAILURES as problem:
             missing[name] = f"could not be drawn: {type(problem).__name__}: {problem}"
     return drawn, missing
+
+
+_POOLED = {
+    "metrics",
+    "heat map",
+    "association over epochs",
+    "seeds",
+    "critical difference",
+    "performance profiles",
+    "probability of improvement",
+    "variance",
+    "power",
+    "anytime",
+    "front",
+}
+"""Figures that pool rows, so that there is none where these were not measured alike."""
 
 
 def makers(sample: Sample, found: Findings) -> dict[str, Callable[[Sample, Findings], Result]]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from analysis import (
@@ -17,6 +18,7 @@ from analysis import (
     mixed,
     planning,
     pruning,
+    records,
     resample,
     selection,
     summary,
@@ -27,7 +29,7 @@ from analysis.correlate import Association, Grouped, Partial
 from analysis.loaders import Sample
 from analysis.mixed import Components, FactorSweep, MixedModel
 from analysis.pruning import PrunedAssociation
-from analysis.resample import DRAWS, Array, Draws, Estimate, Permutation
+from analysis.resample import DRAWS, RESAMPLES, Array, Draws, Estimate, Permutation
 from analysis.selection import Selection
 
 MANY = 1_000
@@ -45,8 +47,23 @@ _ENOUGH = 12
 """Fewest units for partial associations, those among the best, selection quality and mixed models."""
 
 _MOST_EPOCHS = 12
+_SEQUENCES = 399
 _MODELS = 3
-"""Metrics that get a mixed model, whose profile intervals take seconds."""
+"""Metrics that get a mixed model, whose profile intervals take seconds, and undeclared ones with `Detail`."""
+
+_STRONGEST = 12
+"""Undeclared metrics that may be drawn as often as declared ones."""
+
+_WORK = 1_500
+"""Rows times metrics beyond which undeclared metrics are drawn less often."""
+
+_FEWER = 999
+_LEAST_PERMUTATIONS = 99
+_NOISE = 1e-9
+"""Range of a metric, in shares of its size, below which it differs in rounding only."""
+
+_SPARSE = 1e-3
+"""Step of the error, 0.1 %, at which sparse tau-b counts ties."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +88,73 @@ class Counts:
     n_missing: int
     """Completed without a final error."""
 
+    n_not_started: int | None
+    """Planned and never started; None where the plan was not recorded."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The rows behind a claim, by what became of them."""
+
+    n_total: int
+    n_used: int
+    """With what the claim needs: a final error and, for a metric, the metric."""
+
+    n_pruned: int
+    n_failed: int
+    n_pending: int
+
 
 @dataclass(frozen=True)
 class Versus:
     """One arm held against another, in points of test error, in all ways a reviewer may ask for."""
 
     claim: summary.Claim
+    flow: Flow
     comparison: Comparison | None
+    """This and all that follows is None where the arms allow no verdict."""
+
     paired: PairedDifference | None
     """By shared search seed and split, where every seed of both arms is shared."""
 
     equivalence: Equivalence | None
     improvement: RelativeImprovement | None
     """Over the random baseline."""
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What is asked only of declared metrics and of the few strongest, as it takes time.
+
+    Not where runs were stopped: nothing here is corrected for that.
+    """
+
+    sparse: Estimate
+    """Tau-b with errors told apart by 0.1 %, within arms as the headline: what is left without small gaps."""
+
+    rho_interval: tuple[float, float] | None
+    """Of pooled Spearman's rho by Fisher's z, to check the bootstrap; None where a unit has several rows."""
+
+    over_size: Estimate | None
+    """Tau-b within arms of the metric less that of the parameters, both turned to rise with the error."""
+
+    gain: Estimate | None
+    """Gain in out-of-sample R squared over a line in the parameters."""
+
+    share: float | None
+    """Of a whole space, the networks that err at most as much as the first by the metric; else None."""
+
+    groupings: Mapping[str, Grouped]
+    """By axis and by search seed, where that divides the rows otherwise than arms do."""
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A metric that was declared and cannot be associated with the error; it counts in the family, too."""
+
+    name: str
+    flow: Flow
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -94,6 +165,7 @@ class MetricFinding:
     primary: bool
     """Declared before the results were known."""
 
+    flow: Flow
     overall: Association
     grouped: Grouped
     headline: Estimate
@@ -101,6 +173,9 @@ class MetricFinding:
 
     pooled: bool
     """Whether the headline is pooled over groups: corrected, or of a metric that is constant in each."""
+
+    shared: bool
+    """Whether networks with one final error lie in several arms, so that no test within arms is valid."""
 
     test: Permutation
     p_adjusted: float | None
@@ -113,12 +188,18 @@ class MetricFinding:
     model: MixedModel | None
     """Slopes within and between arms, of the first metrics only."""
 
+    detail: Detail | None
     pruned: PrunedAssociation | None
     detectable: float | None
     """Rank correlation that this number of units tells from 0 with a power of 80 %."""
 
     verdict: str
     restriction: str | None
+
+    @property
+    def p(self) -> float | None:
+        """Of the test behind the headline, not adjusted."""
+        return _p_value(self)
 
     @property
     def decided(self) -> bool:
@@ -154,6 +235,17 @@ class ArmAnytime:
     high: Array
     total_hours: float
     n_without: int
+    area: Estimate | None
+    """Mean error over the hours in which all arms have an incumbent; None where there are no such hours."""
+
+    target: float | None
+    """Mean error of the reference arm, or of the random one, in percent."""
+
+    to_target: tuple[float | None, float | None, float | None]
+    """Hours by which 2.5, 50 and 97.5 % of the sequences have reached it (Kaplan-Meier); None if fewer do."""
+
+    n_reached: int
+    n_sequences: int
 
 
 @dataclass(frozen=True)
@@ -165,7 +257,14 @@ class Findings:
     """Rows of `summary.summarise`."""
 
     versus: tuple[Versus, ...]
+    doubts: Mapping[str, str]
+    """By arm, why its finished runs are no fair sample of independent runs, or were not measured alike."""
+
+    unlike: str | None
+    """Why nothing is pooled over arms or compared between them, if so."""
+
     metrics: tuple[MetricFinding, ...]
+    unanswered: tuple[Unanswered, ...]
     family: str
     """How the tests of the metrics were adjusted, and why so."""
 
@@ -182,6 +281,9 @@ class Findings:
 
     anytime: tuple[ArmAnytime, ...]
     hypervolume: Estimate | None
+    random_search: Mapping[str, float]
+    """Of a whole space: expected error, in percent, of the best of so many random networks."""
+
     spread: float | None
     """Standard deviation of the error between runs of one arm, percentage points."""
 
@@ -192,13 +294,6 @@ class Findings:
     restrictions: tuple[str, ...]
     draws: Draws
     draws_note: str
-
-
-def told_protocols(protocols: Mapping[str, Sequence[str]], most: int = 6) -> str:
-    """The fields in which protocols differ, as text; beyond `most` only their number."""
-    named = [f"{name}: {', '.join(values[:4])}" for name, values in list(protocols.items())[:most]]
-    more = len(protocols) - len(named)
-    return "; ".join([*named, *([f"and {more} more"] if more else [])])
 
 
 def draws_for(sample: Sample) -> tuple[Draws, str]:
@@ -213,10 +308,9 @@ def draws_for(sample: Sample) -> tuple[Draws, str]:
     if n > MANY:
         chosen = Draws(resamples=499, permutations=499)
         note = (
-            f"{n:,} rows: intervals from 499 resamples (199 for those among the best and selection "
-            "quality; in partial "
-            "correlations ranks are taken once), p-values from 499 permutations, so none below 0.002, and "
-            "no mixed models."
+            f"{n:,} rows: intervals from 499 resamples (199 for those among the best, selection quality, "
+            "sparse tau-b and comparisons with size; in partial correlations ranks are taken once), "
+            "p-values from 499 permutations, so none below 0.002, and no mixed models."
         )
         return chosen, note
     return (
@@ -225,22 +319,30 @@ def draws_for(sample: Sample) -> tuple[Draws, str]:
     )
 
 
+def _budget(names: Sequence[str], n: int, draws: Draws) -> Draws:
+    """Draws of undeclared metrics: fewer where there are many rows and metrics."""
+    work = n * len(names)
+    if draws.resamples is not None or work <= _WORK:
+        return draws
+    total = max(_FEWER, RESAMPLES * _WORK // work)
+    return replace(draws, resamples=total, permutations=total)
+
+
 def find(sample: Sample, *, pool: bool = False) -> Findings:
     """All findings of a sample.
 
     Args:
         sample: runs or architectures.
         pool: whether rows measured under different protocols may be thrown together.
+
+    Raises:
+        ValueError: `primary_metrics` in study.json is no list of names.
     """
+    sample = replace(sample, tables=summary.pooled(sample.tables)) if pool else sample
     draws, note = draws_for(sample)
-    restrictions = limits(sample, pool)
-    mixed_protocols = sample.protocols is not None and not pool
-    metrics = () if mixed_protocols else _metrics(sample, draws)
-    unit_of = dict(zip(sample.trials["trial_id"], sample.units, strict=True))
-    trainings = sample.finals.assign(unit=sample.finals["trial_id"].map(unit_of))
-    # One retraining may stand for several searches that found its network.
-    trainings = trainings.drop_duplicates(["unit", "retrain_seed", "test_error"])
-    components = mixed.components(100 * trainings["test_error"], trainings["unit"].tolist())
+    apart = unlike(sample)
+    metrics, unanswered, fewer = _metrics(sample, draws)
+    components = _components(sample)
     replicates = max(len(sample.finals) / max(sample.finals["trial_id"].nunique(), 1), 1.0)
     between_runs, df = spread(sample)
     normal = _normalised(sample)
@@ -251,9 +353,12 @@ def find(sample: Sample, *, pool: bool = False) -> Findings:
             {str(k): v for k, v in row.items()} for row in summary.summarise(sample.tables).to_dict("records")
         ),
         versus=_versus(sample, draws),
+        doubts={arm: why for arm in sample.tables.arms if (why := doubt(sample, arm))},
+        unlike=apart,
         metrics=metrics,
-        family=_family_note(sample, metrics),
-        curves=() if mixed_protocols else _curves(sample, metrics, draws),
+        unanswered=unanswered,
+        family=_family_note(metrics, unanswered),
+        curves=_curves(sample, metrics, draws) if apart is None else (),
         components=components,
         ceiling=mixed.noise_ceiling(components.icc, replicates),
         replicates=replicates,
@@ -276,13 +381,27 @@ def find(sample: Sample, *, pool: bool = False) -> Findings:
         },
         anytime=_anytime(sample),
         hypervolume=hypervolume(sample, draws),
+        random_search=_random_search(sample),
         spread=between_runs,
         spread_df=df,
         failures=_failures(sample, draws),
-        restrictions=tuple(restrictions),
+        restrictions=tuple(limits(sample)),
         draws=draws,
-        draws_note=note,
+        draws_note=f"{note} {fewer}".rstrip(),
     )
+
+
+def unlike(sample: Sample) -> str | None:
+    """Why nothing is pooled over the rows of a sample, if so: they were not measured alike."""
+    if sample.protocols is None or sample.tables.study.get("pool"):
+        return None
+    return f"measured under different protocols ({summary.told_protocols(sample.protocols)})"
+
+
+def doubt(sample: Sample, arm: str) -> str | None:
+    """Why the finished runs of an arm cannot stand beside those of others as independent runs, if so."""
+    used = ((sample.trials["arm"] == arm) & sample.error.notna()).any()
+    return (summary.dependence(sample.tables, arm) or unlike(sample)) if used else None
 
 
 # Counts and restrictions
@@ -300,19 +419,40 @@ def _counts(sample: Sample) -> Counts:
         n_failed=int(status.isin(_FAILED[:-1]).sum()),
         n_pending=int((status == "pending").sum()),
         n_missing=int(((status == "completed") & ~used).sum()),
+        n_not_started=_not_started(sample),
     )
 
 
-def limits(sample: Sample, pool: bool) -> list[str]:
-    """What limits all numbers of the report."""
+def _flow(status: "pd.Series[Any]", n_used: int) -> Flow:
+    return Flow(
+        n_total=len(status),
+        n_used=n_used,
+        n_pruned=int((status == "pruned").sum()),
+        n_failed=int(status.isin(_FAILED[:-1]).sum()),
+        n_pending=int((status == "pending").sum()),
+    )
+
+
+def _not_started(sample: Sample) -> int | None:
+    planned: Mapping[str, int] | None = sample.tables.study.get("planned")
+    if planned is None:
+        return None
+    begun = sample.trials["arm"].value_counts()
+    return sum(max(int(number) - int(begun.get(arm, 0)), 0) for arm, number in planned.items())
+
+
+def limits(sample: Sample, pool: bool = False) -> list[str]:
+    """What limits all numbers of a report."""
+    sample = replace(sample, tables=summary.pooled(sample.tables)) if pool else sample
     counts, found = _counts(sample), list(sample.notes)
     if sample.protocols is not None:
-        which = told_protocols(sample.protocols)
+        which = summary.told_protocols(sample.protocols)
         found.append(
-            f"The rows were measured under different protocols ({which}) and pooled, as asked."
-            if pool
-            else f"The rows were measured under different protocols ({which}), so no metric is correlated "
-            "over them; --pool does it all the same."
+            f"The rows were measured under different protocols ({which}), so no metric is correlated over "
+            "them, and nothing is pooled over arms or compared between those that differ; --pool does it all "
+            "the same."
+            if unlike(sample)
+            else f"The rows were measured under different protocols ({which}) and pooled, as asked."
         )
     if counts.n_used == 0:
         pruned = counts.n_pruned and counts.n_pruned == counts.n_total
@@ -332,16 +472,37 @@ def limits(sample: Sample, pool: bool) -> list[str]:
                 else "No probability of finishing was recorded, so associations speak of survivors only."
             )
         )
+    if lost := _stopped_retrainings(sample):
+        found.append(
+            f"Of {lost} searches with a final error some retrainings were stopped: such an error is the mean "
+            "of the retrainings that a rule let finish, which no weight corrects."
+        )
+    if counts.n_not_started:
+        found.append(f"{counts.n_not_started} planned trials were never started, and are in no number.")
     if "search_seed" in sample.trials and counts.n_used:
         seeds = sample.trials.loc[sample.error.notna()].groupby("arm")["search_seed"].nunique()
         if seeds.max() == 1:
             found.append(
                 "One search seed only: nothing is known of how results differ from search to search."
             )
-    if lost := _lost(sample):
-        named = ", ".join(f"{name} ({n})" for name, n in lost.items())
+    partly, wholly = _lost(sample)
+    if partly:
+        named = ", ".join(f"{name} ({n})" for name, n in partly.items())
         found.append(
             f"Metrics missing or not finite for some runs with a final error, left out there: {named}."
+        )
+    if wholly:
+        named = _shortened([f"{name} ({', '.join(arms)})" for name, arms in wholly.items()])
+        found.append(f"Metrics missing or not finite in whole arms, of which they say nothing: {named}.")
+    if failed := _failed_proxies(sample):
+        named = ", ".join(f"{name} ({n})" for name, n in failed.items())
+        found.append(
+            f"Proxies that could not be computed for some trials, by their recorded status: {named}."
+        )
+    if strange := _strangers(sample):
+        found.append(
+            f"primary_metrics in study.json names {', '.join(strange)}, which this study does not record: "
+            f"correct the name; recorded are {', '.join(sample.metrics.columns) or 'none'}."
         )
     if sample.tables.study.get("joint"):
         found.append("Configurations were chosen one in view of another, so rows are not independent.")
@@ -353,14 +514,45 @@ def limits(sample: Sample, pool: bool) -> list[str]:
     return found
 
 
-def _lost(sample: Sample) -> dict[str, int]:
-    """Runs with a final error and without a metric that other runs of their arm have, by metric."""
+def _shortened(names: Sequence[str], most: int = 12) -> str:
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
+
+
+def _lost(sample: Sample) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Metrics that runs with a final error lack: in how many runs of arms that have it, and in whole arms.
+
+    The random arm has no search, so it may lack what others have.
+    """
     used = sample.error.notna()
     arms = sample.trials.loc[used, "arm"]
     known = pd.DataFrame(np.isfinite(sample.metrics[used]), index=arms.index, columns=sample.metrics.columns)
-    some = known.groupby(arms).transform("any")
-    lost = (some & ~known).sum()
-    return {str(name): int(n) for name, n in lost.items() if n}
+    lost = (known.groupby(arms).transform("any") & ~known).sum()
+    by_arm = known.groupby(arms).any()
+    by_arm = by_arm[by_arm.index != sample.tables.baseline]
+    wholly = {
+        str(name): [arm for arm in sample.tables.arms if arm in by_arm.index and not by_arm.loc[arm, name]]
+        for name in by_arm.columns
+        if by_arm[name].any() and not by_arm[name].all()
+    }
+    return {str(name): int(n) for name, n in lost.items() if n}, wholly
+
+
+def _failed_proxies(sample: Sample) -> dict[str, int]:
+    """Trials by proxy whose recorded status is another than 0, which is ok."""
+    found = {
+        name.removesuffix("_status"): int((sample.trials[name] > 0).sum())
+        for name in map(str, sample.trials.columns)
+        if name.startswith("proxy_") and name.endswith("_status")
+    }
+    return {name: n for name, n in found.items() if n}
+
+
+def _stopped_retrainings(sample: Sample) -> int:
+    """Searches with a final error of which some retrainings were stopped."""
+    if "stopped_retrainings" not in sample.trials:
+        return 0
+    return int(((sample.trials["stopped_retrainings"] > 0) & sample.error.notna()).sum())
 
 
 # Arms
@@ -376,13 +568,16 @@ def _versus(sample: Sample, draws: Draws) -> tuple[Versus, ...]:
     found = []
     for claim in summary.judged(sample.tables):
         a, b = percent(sample, claim.arm), percent(sample, claim.other)
-        if claim.difference is None or not len(a) or not len(b):
-            found.append(Versus(claim, None, None, None, None))
+        rows = sample.trials["arm"].isin([claim.arm, claim.other])
+        flow = _flow(sample.trials.loc[rows, "status"], len(a) + len(b))
+        if claim.difference is None or claim.doubt:
+            found.append(Versus(claim, flow, None, None, None, None))
             continue
         random = claim.other == sample.tables.baseline and (100 - b).mean() > 0
         found.append(
             Versus(
                 claim,
+                flow,
                 compare.compare_arms(a, b, draws),
                 _paired(sample, claim.arm, claim.other, draws),
                 compare.equivalence(a, b),
@@ -402,10 +597,14 @@ def _paired(sample: Sample, arm: str, other: str, draws: Draws) -> PairedDiffere
 
 
 def by_seed(sample: Sample) -> pd.DataFrame | None:
-    """Errors in percent, one row per search seed, one column per arm; None where seeds repeat in an arm."""
+    """Errors in percent, one row per search seed, one column per arm; None where seeds repeat in an arm.
+
+    Arms that are no fair sample of independent runs, or were not measured alike, are left out.
+    """
     trials = sample.trials.assign(error=100 * sample.error)
     if "search_seed" not in trials or sample.tables.study.get("joint"):
         return None
+    trials = trials[~trials["arm"].isin([arm for arm in sample.tables.arms if doubt(sample, arm)])]
     used = trials.dropna(subset=["error", "search_seed"])
     if used.empty or used.duplicated(["arm", "search_seed"]).any():
         return None
@@ -424,9 +623,9 @@ def _critical(sample: Sample) -> CriticalDifference | None:
 
 
 def _normalised(sample: Sample) -> dict[str, Array]:
-    """Scores by arm: 0 the mean random architecture, 1 the best run of the study."""
+    """Scores by arm: 0 the mean random architecture, 1 the best run; of arms that are independent runs."""
     baseline = sample.tables.baseline
-    errors = {arm: percent(sample, arm) for arm in sample.tables.arms}
+    errors = {arm: percent(sample, arm) for arm in sample.tables.arms if not doubt(sample, arm)}
     errors = {arm: values for arm, values in errors.items() if len(values)}
     if baseline not in errors or len(errors) < 2:
         return {}
@@ -448,8 +647,9 @@ def _profiles(normal: Mapping[str, Array], draws: Draws) -> dict[str, Profile]:
 
 
 def spread(sample: Sample) -> tuple[float | None, int]:
-    """Pooled standard deviation within arms, and its degrees of freedom."""
-    groups = [values for arm in sample.tables.arms if len(values := percent(sample, arm)) > 1]
+    """Pooled standard deviation within arms of independent runs, and its degrees of freedom."""
+    arms = [arm for arm in sample.tables.arms if not doubt(sample, arm)]
+    groups = [values for arm in arms if len(values := percent(sample, arm)) > 1]
     df = sum(len(values) - 1 for values in groups)
     if not df:
         return None, 0
@@ -467,16 +667,29 @@ def swept(sample: Sample) -> list[str]:
 def _sweep(sample: Sample) -> FactorSweep | None:
     """Analysis of variance over the axes, of runs that have them all, so without the random arm."""
     names = swept(sample)
-    if not names or sample.tables.study.get("joint"):
+    if not names:
         return None
     rows = sample.trials[names].notna().all(axis=1) & sample.error.notna()
-    if rows.sum() < 4:
+    if rows.sum() < 4 or any(doubt(sample, arm) for arm in sample.trials.loc[rows, "arm"].unique()):
         return None
     factors = {name.removeprefix("axes."): sample.trials.loc[rows, name].tolist() for name in names}
     seeds = sample.trials.loc[rows, "search_seed"] if "search_seed" in sample.trials else None
     usable = seeds is not None and seeds.notna().all() and seeds.nunique() > 1
     response = (100 * sample.error[rows]).to_numpy()
     return mixed.factor_sweep(response, factors, seeds.tolist() if usable and seeds is not None else None)
+
+
+def _components(sample: Sample) -> Components:
+    """Variance between networks and between the trainings of one."""
+    if apart := unlike(sample):
+        return Components(None, None, resample.missing("ICC", apart), None)
+    unit_of = dict(zip(sample.trials["trial_id"], sample.units, strict=True))
+    trainings = sample.finals.assign(unit=sample.finals["trial_id"].map(unit_of))
+    # One retraining may stand for several searches that found its network.
+    trainings = trainings.drop_duplicates(["unit", "retrain_seed", "test_error"])
+    found = mixed.components(100 * trainings["test_error"], trainings["unit"].tolist())
+    stopped = (sample.trials["status"] == "pruned").any() or _stopped_retrainings(sample)
+    return replace(found, icc=found.icc.restricted("of trainings that no rule stopped" if stopped else None))
 
 
 def _failures(sample: Sample, draws: Draws) -> dict[str, float | None]:
@@ -500,34 +713,111 @@ def costs(sample: Sample) -> "pd.Series[float]":
 
 
 def _anytime(sample: Sample) -> tuple[ArmAnytime, ...]:
-    """Curves of arms with at least two finished runs and a known cost, over runs drawn with replacement."""
+    """Curves of arms with at least two finished runs and a known cost, over runs drawn with replacement.
+
+    Stopped runs are drawn with the others, and paid for; runs that depend on one another cannot be drawn.
+    """
     hours = costs(sample)
-    if sample.kind != "study" or "valid_error" not in sample.trials:
+    if sample.kind != "study" or "valid_error" not in sample.trials or unlike(sample):
         return ()
-    found = []
+    priced: dict[str, tuple[Array, Array, list[anytime.Trace]]] = {}
     for arm in sample.tables.arms:
         rows = sample.trials[(sample.trials["arm"] == arm) & hours.notna()].index
-        price = hours[rows].to_numpy()
-        test = 100 * sample.error[rows].to_numpy(dtype=float)
+        price: Array = np.asarray(hours[rows], dtype=np.float64)
+        test: Array = 100 * np.asarray(sample.error[rows], dtype=np.float64)
         valid = sample.trials.loc[rows, "valid_error"].to_numpy(dtype=float)
         if np.isfinite(test).sum() < 2 or not np.isfinite(valid[np.isfinite(test)]).all() or price.sum() <= 0:
             continue
+        if summary.dependence(sample.tables, arm, stopped=False):
+            continue
         draw = np.random.default_rng(0)
-        orders = [draw.integers(0, len(rows), len(rows)) for _ in range(399)]
-        traces = [anytime.incumbents(price[order], valid[order], test[order]) for order in orders]
-        traces = [trace for trace in traces if len(trace.cost)]
-        grid = np.linspace(0, float(price.sum()), 121)[1:]
-        table = np.stack([trace.at(np.minimum(grid, trace.total)) for trace in traces])
-        known = np.isfinite(table).mean(axis=0) > 0.95
-        middle, low, high = (np.full(len(grid), np.nan) for _ in range(3))
-        middle[known] = np.nanmean(table[:, known], axis=0)
-        low[known], high[known] = np.nanquantile(table[:, known], [0.025, 0.975], axis=0)
+        orders = [draw.integers(0, len(rows), len(rows)) for _ in range(_SEQUENCES)]
+        traces = [anytime.incumbents(price[each], valid[each], test[each]) for each in orders]
+        priced[arm] = price, test, traces
+    tables = {arm: _sequences(traces, float(price.sum())) for arm, (price, _, traces) in priced.items()}
+    starts = [float(grid[known][0]) for grid, _, known in tables.values() if known.any()]
+    start = max(starts) if starts and len(starts) == len(tables) else math.inf
+    end = min((float(price.sum()) for price, _, _ in priced.values()), default=0.0)
+    target = _target(sample)
+    found = []
+    for arm, (price, test, traces) in priced.items():
+        grid, table, known = tables[arm]
+        low, middle, high = np.full((3, len(grid)), np.nan)
+        if known.any():
+            low[known], middle[known], high[known] = np.nanquantile(
+                table[:, known], [0.025, 0.5, 0.975], axis=0
+            )
+        reached = None if target is None else anytime.time_to_target(traces, target)
         found.append(
             ArmAnytime(
-                arm, len(rows), grid, middle, low, high, float(price.sum()), int((~np.isfinite(test)).sum())
+                arm=arm,
+                n=len(price),
+                hours=grid,
+                middle=middle,
+                low=low,
+                high=high,
+                total_hours=float(price.sum()),
+                n_without=int((~np.isfinite(test)).sum()),
+                area=_area(traces, start, end, len(price)),
+                target=target,
+                to_target=(None, None, None) if reached is None else _by_hours(reached),
+                n_reached=0 if reached is None else reached.n_reached,
+                n_sequences=len(traces),
             )
         )
     return tuple(found)
+
+
+def _sequences(traces: Sequence[anytime.Trace], total: float) -> tuple[Array, Array, Any]:
+    """Grid of hours, error of each sequence on it, and where 95 % of the sequences have an incumbent."""
+    grid = np.linspace(0, total, 121)[1:]
+    table = np.stack([_at(trace, grid) for trace in traces])
+    return grid, table, np.isfinite(table).mean(axis=0) > 0.95
+
+
+def _at(trace: anytime.Trace, grid: Array) -> Array:
+    """Error of the incumbent, which stays what it is when the sequence has ended."""
+    return trace.at(np.minimum(grid, trace.total))
+
+
+def _area(traces: Sequence[anytime.Trace], start: float, end: float, n: int) -> Estimate | None:
+    """Mean error from hour `start` to `end` over the sequences that have an incumbent by then."""
+    if not start < end:
+        return None
+    areas = np.stack([_at(trace, np.linspace(start, end, 401)) for trace in traces]).mean(axis=1)
+    areas = areas[np.isfinite(areas)]
+    if not len(areas) or np.ptp(areas) < resample.RESOLUTION:
+        return None
+    low, middle, high = np.quantile(areas, [0.025, 0.5, 0.975]).tolist()
+    method = f"mean error from {start:.3g} to {end:.3g} hours; quantiles of {len(areas)} sequences of runs"
+    return Estimate(middle, low, high, n, n, method)
+
+
+def _target(sample: Sample) -> float | None:
+    """Mean error of the reference arm in percent, of the random arm where there is no reference."""
+    for arm in (sample.tables.reference, sample.tables.baseline):
+        if arm is not None and len(errors := percent(sample, arm)):
+            return float(errors.mean())
+    return None
+
+
+def _by_hours(found: anytime.TimeToTarget) -> tuple[float | None, float | None, float | None]:
+    """Hours by which 2.5, 50 and 97.5 % have reached the target, None where fewer ever do."""
+
+    def by(share: float) -> float | None:
+        enough = np.flatnonzero(found.missing <= 1 - share)
+        return float(found.cost[enough[0]]) if len(enough) else None
+
+    return by(0.025), by(0.5), by(0.975)
+
+
+def _random_search(sample: Sample) -> dict[str, float]:
+    """Expected error of the best of 1, 10, ... random networks of a whole space, in percent."""
+    errors = 100 * sample.error.dropna().to_numpy(dtype=np.float64)
+    if sample.kind != "ground truth" or unlike(sample):
+        return {}
+    counts = [10**power for power in range(4) if 10**power <= len(errors)]
+    return {f"{n:,}": selection.expected_best(errors, n, lowest=True) for n in counts}
 
 
 def pareto(sample: Sample) -> pd.DataFrame:
@@ -541,7 +831,7 @@ def pareto(sample: Sample) -> pd.DataFrame:
         else "test_error"
     )
     table = sample.trials.assign(error=100 * sample.trials[key].where(sample.error.notna()))
-    if "params_m" not in table:
+    if "params_m" not in table or unlike(sample):
         return pd.DataFrame(columns=["trial_id", "arm", "params_m", "error", "measure", "front"])
     table = table.dropna(subset=["error", "params_m"]).sort_values(["params_m", "error", "trial_id"])
     found = table[["trial_id", "arm", "params_m", "error"]].assign(measure=key.replace("_", " "))
@@ -573,36 +863,126 @@ def hypervolume(sample: Sample, draws: Draws) -> Estimate | None:
 # Metrics
 
 
-def _metrics(sample: Sample, draws: Draws) -> tuple[MetricFinding, ...]:
-    primary = set(sample.tables.study.get("primary_metrics") or ())
-    if unknown := primary - set(sample.metrics):
-        raise ValueError(
-            f"primary_metrics names {', '.join(sorted(unknown))}, which no trial recorded; recorded are "
-            f"{', '.join(sample.metrics.columns)}"
-        )
+def _metrics(sample: Sample, draws: Draws) -> tuple[tuple[MetricFinding, ...], tuple[Unanswered, ...], str]:
+    """Metrics that can be associated with the error, declared ones that cannot, and a note on their draws."""
+    declared = _declared(sample)
+    reasons = {name: _why_not(sample, name) for name in (*declared, *map(str, sample.metrics.columns))}
+    lost = tuple(_unanswered(sample, name, why) for name in declared if (why := reasons[name]) is not None)
+    names = [name for name in map(str, sample.metrics.columns) if reasons[name] is None]
+    names.sort(key=lambda name: (name not in declared, -_strength(sample, name)))
+    n = int(sample.error.notna().sum())
+    others = _budget(names, n, draws)
+    first = len(declared) + _STRONGEST
+    last = replace(others, resamples=_FEWER, permutations=_FEWER) if draws.resamples is None else others
     found = [
-        metric_finding(sample, name, draws, primary=name in primary)
-        for name in map(str, sample.metrics.columns)
-        if np.isfinite(sample.metrics[name][sample.error.notna()]).sum() >= _FEWEST
-        and sample.metrics.loc[sample.error.notna(), name].nunique() > 1
+        metric_finding(
+            sample,
+            name,
+            draws if name in declared else others if place < first else last,
+            primary=name in declared,
+            whole=place < first,
+        )
+        for place, name in enumerate(names)
     ]
+    notes = []
+    if others != draws:
+        notes.append(f"There are many metrics: those not declared are drawn {others.resamples:,} times.")
+    if len(names) > first:
+        told = f", drawn {_FEWER} times" if last != draws else ""
+        notes.append(
+            f"Metrics not declared, beyond the {_STRONGEST} strongest, have tau-b, rho and r only{told}."
+        )
     adjusted: dict[str, tuple[float | None, str]] = {}
     kinds: tuple[tuple[Literal["primary", "exploratory"], bool], ...] = (
         ("primary", True),
         ("exploratory", False),
     )
-    for kind, declared in kinds:
-        tests = {one.name: one.test.p if _testable(one) else None for one in found if one.primary == declared}
-        family = compare.family(tests, kind)
+    for kind, primary in kinds:
+        tests = {one.name: _p_value(one) for one in found if one.primary == primary}
+        # A declared claim counts in the family even if there is nothing to test: it was asked.
+        asked = {name: 1.0 if p is None and primary else p for name, p in tests.items()}
+        asked |= {one.name: 1.0 for one in lost} if primary else {}
+        family = compare.family(asked, kind)
         adjusted |= {
-            name: (p, f"{family.method} over {family.n_tests}")
+            name: (None if tests.get(name) is None else p, f"{family.method} over {family.n_tests}")
             for name, p in zip(family.names, family.adjusted, strict=True)
         }
     judged = [_judged(one, *adjusted[one.name]) for one in found]
-    modelled = {one.name for one in ranked(judged)[:_MODELS]}
-    return tuple(
-        replace(one, model=_model(sample, one.name)) if one.name in modelled else one for one in judged
+    first_ones = {one.name for one in ranked(judged)[:_MODELS]}
+    rest = [one.name for one in ranked(judged) if not one.primary][:_MODELS]
+    return (
+        tuple(
+            replace(
+                one,
+                model=_model(sample, one.name) if one.name in first_ones else None,
+                detail=(
+                    _detail(sample, one, draws)
+                    if one.pruned is None and (one.primary or one.name in rest)
+                    else None
+                ),
+            )
+            for one in judged
+        ),
+        lost,
+        " ".join(notes),
     )
+
+
+def _declared(sample: Sample) -> tuple[str, ...]:
+    """The primary metrics of the study.
+
+    Raises:
+        ValueError: they are no list of names.
+    """
+    names = sample.tables.study.get("primary_metrics") or ()
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"primary_metrics in study.json is {names!r}; write a list of names, e.g. "
+            '["search_valid_error"], or [] where none was declared'
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def _strangers(sample: Sample) -> list[str]:
+    """Declared names that no trial of this study can record, by its catalogue of metrics."""
+    listed = set(sample.tables.study.get("metrics") or ())
+    known = {*listed, *(f"search_{name}" for name in listed), *records.END_METRICS, *sample.trials.columns}
+    return [name for name in _declared(sample) if name not in {*known, *sample.metrics.columns}]
+
+
+def _why_not(sample: Sample, name: str) -> str | None:
+    """Why a metric cannot be associated with the error, if so."""
+    if apart := unlike(sample):
+        return apart
+    if name not in sample.metrics:
+        return "not recorded"
+    values = sample.metrics[name][sample.error.notna()].to_numpy(dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) < _FEWEST:
+        return (
+            f"finite in {resample.count(len(values), 'run')} only" if len(values) else "not finite in any run"
+        )
+    return "constant" if _constant(values) else None
+
+
+def _unanswered(sample: Sample, name: str, why: str) -> Unanswered:
+    known = sample.error.notna()
+    if name in sample.metrics:
+        known &= np.isfinite(sample.metrics[name])
+    n = int(known.sum()) if name in sample.metrics else 0
+    answer = f"no verdict: {why}" if unlike(sample) else f"undecided at n={n}: {why}"
+    return Unanswered(name, _flow(sample.trials["status"], n), answer)
+
+
+def _strength(sample: Sample, name: str) -> float:
+    """How strongly a metric goes with the error within arms, up to the sign: which are drawn most often."""
+    rows = np.isfinite(sample.metrics[name].to_numpy(dtype=np.float64)) & sample.error.notna().to_numpy()
+    table = pd.DataFrame({"x": sample.metrics.loc[rows, name], "y": sample.error[rows]})
+    arms = sample.trials.loc[rows, "arm"]
+    ranks = table.groupby(arms).rank(pct=True)
+    x, y = (ranks[side] - ranks[side].groupby(arms).transform("mean") for side in ("x", "y"))
+    scale = math.sqrt(float((x**2).sum() * (y**2).sum()))
+    return abs(float((x * y).sum())) / scale if scale > 0 else 0.0
 
 
 def ranked(metrics: Sequence[MetricFinding]) -> list[MetricFinding]:
@@ -617,11 +997,18 @@ def ranked(metrics: Sequence[MetricFinding]) -> list[MetricFinding]:
     )
 
 
-def metric_finding(sample: Sample, name: str, draws: Draws, *, primary: bool = False) -> MetricFinding:
-    """What one metric says of the final error, its p-value not adjusted yet."""
+def metric_finding(
+    sample: Sample, name: str, draws: Draws, *, primary: bool = False, whole: bool = True
+) -> MetricFinding:
+    """What one metric says of the final error, its p-value not adjusted yet.
+
+    Without `whole`, no partial association, none among the best, and no quality of choices.
+    """
     metric: Array = np.asarray(sample.metrics[name], dtype=np.float64)
     error: Array = np.asarray(sample.error, dtype=np.float64)
     rows = np.isfinite(metric) & np.isfinite(error)
+    if _constant(metric[np.isfinite(metric)]):  # but for the last bits, which are no order
+        metric = np.where(np.isfinite(metric), metric[np.isfinite(metric)].mean(), metric)
     x, y = metric[rows], error[rows]
     units = sample.units[rows].tolist()
     groups = sample.trials.loc[rows, "arm"].tolist()
@@ -629,9 +1016,10 @@ def metric_finding(sample: Sample, name: str, draws: Draws, *, primary: bool = F
     overall = correlate.association(
         metric, error, units=sample.units.tolist(), resolution=resolution, draws=draws
     )
-    # Within arms a network counts once in each arm that found it, so that units lie in one arm only.
-    nested = [f"{arm} {unit}" for arm, unit in zip(groups, units, strict=True)]
-    grouped = correlate.by_group(x, y, groups, units=nested, resolution=resolution, draws=draws)
+    within, shared = _within(sample)
+    grouped = correlate.by_group(
+        x, y, groups, units=within[rows].tolist(), resolution=resolution, draws=draws
+    )
     several = len(grouped.groups) + grouped.n_small > 1
     headline, test = (grouped.within, grouped.test) if several else (overall.tau_b, overall.test)
     over_all = several and headline.value is None
@@ -642,26 +1030,30 @@ def metric_finding(sample: Sample, name: str, draws: Draws, *, primary: bool = F
         )
     pruned, notes = _pruned(sample, metric, error, resolution, draws)
     if pruned is not None and pruned.weighted:
-        weighted = _weighted_within(sample, metric, error, resolution, draws) if several else pruned.headline
-        over_all = weighted.value is None
-        headline = pruned.headline if over_all else weighted
+        headline, test = pruned.headline, pruned.test
+        weighted = _weighted_within(sample, metric, error, resolution, draws) if several else None
+        over_all = weighted is not None and weighted.estimate.value is None
+        if weighted is not None and not over_all:
+            headline, test = weighted.estimate, weighted.test
     controls = {
         other: sample.metrics.loc[rows, other].to_numpy(dtype=np.float64)
         for other in CONTROLS
-        if other in sample.metrics and other != name and sample.metrics.loc[rows, other].nunique() > 1
+        if other in sample.metrics and other != name and not _constant(sample.metrics.loc[rows, other])
     }
     lowest = (headline.value or overall.tau_b.value or 1.0) > 0
-    enough = overall.n_unique >= _ENOUGH
+    enough = whole and overall.n_unique >= _ENOUGH
     depth = sorted({1, max(1, round(0.1 * len(x)))}) if enough else []
     fewer = replace(draws, resamples=199) if len(x) > MANY else draws
-    kept = replace(fewer, resamples=fewer.resamples or 999)
+    kept = replace(fewer, resamples=min(fewer.resamples or _FEWER, _FEWER))
     return MetricFinding(
         name=name,
         primary=primary,
+        flow=_flow(sample.trials["status"], overall.n_used),
         overall=overall,
         grouped=grouped,
         headline=headline,
         pooled=over_all,
+        shared=shared and several,
         test=test,
         p_adjusted=None,
         adjustment="",
@@ -672,6 +1064,7 @@ def metric_finding(sample: Sample, name: str, draws: Draws, *, primary: bool = F
             for k in depth
         ),
         model=None,
+        detail=None,
         pruned=pruned,
         detectable=planning.detectable_correlation(headline.n_units) if headline.n_units >= 4 else None,
         verdict="undecided",
@@ -697,9 +1090,10 @@ def _partial(
     return correlate.partial(metric, error, ranks, kind="pearson", units=units, draws=draws)
 
 
-def _testable(one: MetricFinding) -> bool:
-    """Whether a test within arms, over all runs, stands behind the headline."""
-    return not one.pooled and one.pruned is None
+def _p_value(one: MetricFinding) -> float | None:
+    """P-value of the test within arms that stands behind the headline: of all runs, so not of survivors."""
+    of_all = one.pruned is None or bool(one.pruned.weighted)
+    return one.test.p if of_all and not one.pooled else None
 
 
 def _judged(one: MetricFinding, p: float | None, adjustment: str) -> MetricFinding:
@@ -708,22 +1102,47 @@ def _judged(one: MetricFinding, p: float | None, adjustment: str) -> MetricFindi
     answer = f"undecided at n={found.n_units}"
     if one.pruned is not None and not weighted:
         answer = "no verdict: survivors only"
+    elif one.shared and not one.pooled and p is None:
+        answer = "no verdict: networks shared between arms"
     elif one.pooled:
         answer = "no verdict: constant within arms"
     elif found.low is not None and found.high is not None:
         if -NEGLIGIBLE < found.low and found.high < NEGLIGIBLE:
             answer = "not supported"
-        elif (not found.low <= 0 <= found.high) if weighted else (p is not None and p < planning.ALPHA):
+        elif p is not None and p < planning.ALPHA:
             answer = "supported"
     elif p is not None and p < planning.ALPHA:
         answer = "supported"
     return replace(one, p_adjusted=p, adjustment=adjustment, verdict=answer)
 
 
+def _constant(values: ArrayLike) -> bool:
+    """Whether finite values differ by rounding only, if at all; NaN and infinity do not count."""
+    x = np.asarray(values, dtype=np.float64)
+    x = x[np.isfinite(x)]
+    return not len(x) or float(np.ptp(x)) <= _NOISE * float(np.abs(x).max())
+
+
 def _resolution(x: Array) -> float:
-    """Step of a metric's ranks: a millionth of its unit, or of its range where that is small."""
-    span = float(np.ptp(x)) if len(x) else 0.0
-    return min(resample.RESOLUTION, 1e-6 * span) if span > 0 else resample.RESOLUTION
+    """Step of a metric's ranks: a millionth of its unit, or of its range if that is less; never rounding."""
+    if _constant(x):
+        return resample.RESOLUTION
+    return max(min(resample.RESOLUTION, 1e-6 * float(np.ptp(x))), 1e-12 * float(np.abs(x).max()))
+
+
+def _within(sample: Sample) -> tuple["pd.Series[Any]", bool]:
+    """Units for what is told within arms, and whether they lie in several arms.
+
+    A network counts once in each arm that found and trained it. Where one final error stands for it in
+    several arms, it counts once in all, and nothing can be exchanged within arms.
+    """
+    trials, used = sample.trials, sample.error.notna()
+    final = sample.units.astype(str) + " " + sample.error.astype(str)
+    if "retraining_id" in trials:
+        final = trials["retraining_id"].where(trials["retraining_id"].notna(), trials["trial_id"])
+    if trials.loc[used, "arm"].groupby(final[used]).nunique().gt(1).any():
+        return sample.units, True
+    return trials["arm"].astype(str) + " " + sample.units.astype(str), False
 
 
 def chances(sample: Sample) -> Array | None:
@@ -744,7 +1163,7 @@ def _pruned(
     trials = sample.trials
     if not (trials["status"] == "pruned").any():
         return None, []
-    probability = chances(sample)
+    probability, stopped = chances(sample), (trials["status"] == "pruned").to_numpy()
     audit = (
         trials["audit"].astype("boolean").fillna(False).to_numpy(dtype=bool) if "audit" in trials else None
     )
@@ -753,6 +1172,7 @@ def _pruned(
             metric,
             error,
             probability=probability,
+            stopped=stopped,
             audit=audit,
             failed=_failed(sample).to_numpy(),
             units=sample.units.tolist(),
@@ -760,9 +1180,25 @@ def _pruned(
             draws=draws,
         )
     except ValueError as problem:
-        found = pruning.association(metric, error, failed=_failed(sample).to_numpy(), draws=draws)
+        found = pruning.association(
+            metric, error, stopped=stopped, failed=_failed(sample).to_numpy(), draws=draws
+        )
         return found, [f"not corrected for stopped runs: {problem}"]
     return found, ["among survivors only"] if not found.weighted else []
+
+
+def _weights(sample: Sample, error: Array) -> Array | None:
+    """One over the probability with which each row got its final error, 0 without; None without a design."""
+    chance = chances(sample)
+    if chance is None:
+        return None
+    weights = np.zeros(len(error))
+    kept = ~_failed(sample).to_numpy()
+    found = pruning.inverse_probability(chance[kept], error[kept])
+    if found is None:
+        return None
+    weights[kept] = found
+    return weights
 
 
 def _failed(sample: Sample) -> "pd.Series[bool]":
@@ -773,34 +1209,20 @@ def _failed(sample: Sample) -> "pd.Series[bool]":
 
 def _weighted_within(
     sample: Sample, metric: Array, error: Array, resolution: float, draws: Draws
-) -> Estimate:
-    """Tau-b within arms, weighted by inverse probabilities; all runs with the metric are resampled."""
-    rows = np.isfinite(metric) & ~_failed(sample).to_numpy()
-    final = np.isfinite(error[rows])
+) -> pruning.Weighted:
+    """Tau-b within arms, weighted by inverse probabilities."""
     chance = chances(sample)
     assert chance is not None
-    weights = np.zeros(int(rows.sum()))
-    weights[final] = 1 / chance[rows][final]
-    x = resample.dense_ranks(metric[rows], resolution)
-    y = resample.dense_ranks(np.where(final, error[rows], 0.0), resample.RESOLUTION)
-    arms = sample.trials.loc[rows, "arm"].to_numpy()
-    members = [np.flatnonzero(arms == arm) for arm in sample.tables.arms]
-    forms = [(m, resample.pair_kernel(x[m], y[m], weights[m])) for m in members if len(m) > 1]
-
-    def kernel(draw: Array) -> Array:
-        parts = [form(draw[:, m]) for m, form in forms]
-        above: Array = np.sum([part[0] for part in parts], axis=0)
-        below: Array = np.sum([part[1] for part in parts], axis=0)
-        return resample.ratio(above, below)
-
-    nested = [f"{arm} {unit}" for arm, unit in zip(arms, sample.units[rows], strict=True)]
-    units = resample.Units.of(len(x), nested, arms.tolist())
-    name = f"{correlate.NAMES['tau_b']} within arms, weighted by inverse probability"
-    found_units = len(np.unique(units.of_row[final]))
-    if not forms or found_units < resample.ENOUGH_UNITS:
-        few = f"{resample.count(found_units, 'unit')} with a final error"
-        return resample.missing(name, few, int(final.sum()), found_units, draws.level)
-    return replace(resample.estimate(kernel, units, name, draws), n=int(final.sum()), n_units=found_units)
+    return pruning.weighted_within(
+        metric,
+        error,
+        chance,
+        sample.trials["arm"].tolist(),
+        failed=_failed(sample).to_numpy(),
+        units=_within(sample)[0].tolist(),
+        resolution=resolution,
+        draws=draws,
+    )
 
 
 def _best(
@@ -816,6 +1238,78 @@ def _best(
         x, target, by, shares=(0.5, 0.2, 0.1), units=units, resolution=resolution, draws=draws
     )
     return {f"{100 * share:g} %": one for share, one in found.items()}
+
+
+def _detail(sample: Sample, one: MetricFinding, draws: Draws) -> Detail:
+    """Further numbers on a metric, from 999 resamples, of very many rows from 199."""
+    table = np.stack([sample.metrics[one.name], sample.error], axis=1).astype(np.float64)
+    rows: Any = np.isfinite(table).all(axis=1)
+    x, y = table[rows].T
+    units, arms = sample.units[rows].tolist(), sample.trials.loc[rows, "arm"].tolist()
+    within = _within(sample)[0][rows].tolist()
+    few = 199 if len(x) > MANY else min(draws.resamples or _FEWER, _FEWER)
+    fewer = replace(draws, resamples=few, permutations=_LEAST_PERMUTATIONS)
+    step = _resolution(x)
+    coarse = np.rint(y / _SPARSE) * _SPARSE
+    sparse = correlate.by_group(x, coarse, arms, units=within, resolution=step, draws=fewer)
+    rho = one.overall.spearman.value
+    alone = one.overall.n_unique == one.overall.n_used
+    over = gain = None
+    size = sample.metrics["params_m"] if "params_m" in sample.metrics and one.name != "params_m" else None
+    if size is not None and not _constant(size[rows]) and one.overall.n_unique >= _ENOUGH:
+        own, other = (_turned(side, y, arms) for side in (x, np.asarray(size[rows], dtype=np.float64)))
+        over = correlate.compare_metrics(
+            own, other, y, groups=arms, units=within, resolution=step, draws=fewer
+        )
+        gain = correlate.predictive_gain(x, 100 * y, {"params_m": size[rows]}, units=units, draws=fewer)
+    groupings = {
+        name.removeprefix("axes."): correlate.by_group(
+            x, y, sample.trials.loc[rows, name].tolist(), units=units, resolution=step, draws=fewer
+        )
+        for name in _groupings(sample, rows)
+    }
+    return Detail(
+        sparse=sparse.headline,
+        rho_interval=correlate.bonett_wright(rho, len(x)) if rho is not None and alone else None,
+        over_size=over,
+        gain=gain,
+        share=_share(sample, one, x, y, step),
+        groupings=groupings,
+    )
+
+
+def _turned(metric: Array, error: Array, arms: Sequence[str]) -> Array:
+    """The metric, turned round where it falls with the error within arms."""
+    group = resample.codes(arms, len(arms), "arms")
+    members = [np.flatnonzero(group == arm) for arm in range(int(group.max()) + 1)]
+    ranks = (
+        resample.dense_ranks(metric, _resolution(metric)),
+        resample.dense_ranks(error, resample.RESOLUTION),
+    )
+    falls = resample.within_tau_kernel(*ranks, members)(np.ones((1, len(metric))))[0] < 0
+    return -metric if falls else metric
+
+
+def _groupings(sample: Sample, rows: Any) -> list[str]:
+    """Axes, and the search seed, that divide rows into groups otherwise than arms do."""
+    names = [*swept(sample), *(["search_seed"] if "search_seed" in sample.trials else [])]
+    arms = sample.trials.loc[rows, "arm"]
+    found = []
+    for name in names:
+        labels = sample.trials.loc[rows, name].astype(str)
+        pairs = pd.DataFrame({"arm": arms, "label": labels}).drop_duplicates()
+        same = len(pairs) == arms.nunique() == labels.nunique()
+        if labels.nunique() > 1 and labels.value_counts().max() >= resample.ENOUGH_UNITS and not same:
+            found.append(name)
+    return found
+
+
+def _share(sample: Sample, one: MetricFinding, x: Array, y: Array, step: float) -> float | None:
+    """Share of a whole space that errs at most as much as what the metric puts first; ties by their mean."""
+    if sample.kind != "ground truth" or one.overall.tau_b.value is None:
+        return None
+    ranks = resample.dense_ranks(x if one.overall.tau_b.value > 0 else -x, step)
+    return selection.share_at_least_as_good(float(y[ranks == 0].mean()), y)
 
 
 def _model(sample: Sample, name: str) -> MixedModel | None:
@@ -835,14 +1329,15 @@ def _model(sample: Sample, name: str) -> MixedModel | None:
         return None
 
 
-def _family_note(sample: Sample, metrics: tuple[MetricFinding, ...]) -> str:
-    declared = [one.name for one in metrics if one.primary]
-    rest = len(metrics) - len(declared)
+def _family_note(metrics: Sequence[MetricFinding], unanswered: Sequence[Unanswered]) -> str:
+    declared = [*(one.name for one in metrics if one.primary), *(one.name for one in unanswered)]
+    rest = len(metrics) + len(unanswered) - len(declared)
     if declared:
+        lost = f", {len(unanswered)} without an answer among them" if unanswered else ""
         return (
-            f"{len(declared)} primary metrics were declared in study.json ({', '.join(declared)}): their "
-            "p-values "
-            f"are adjusted by Holm; those of the other {rest} by Benjamini and Hochberg, for exploration."
+            f"{len(declared)} primary metrics were declared in study.json ({', '.join(declared)}){lost}: "
+            f"their p-values are adjusted by Holm; those of the other {rest} by Benjamini and Hochberg, for "
+            "exploration."
         )
     return (
         f"No primary metric was declared before the results, so all {rest} are exploratory: p-values are "
@@ -855,14 +1350,21 @@ def _curves(sample: Sample, metrics: tuple[MetricFinding, ...], draws: Draws) ->
     stage = "search" if sample.kind == "study" else "retrain"
     epochs = sample.tables.epochs
     epochs = epochs[(epochs["stage"] == stage) & np.isfinite(epochs["value"].astype(float))]
-    spread = epochs.groupby("key", observed=True)["value"].nunique()
+    by_key = epochs.groupby("key", observed=True)["value"]
     named = [
-        str(key) for key in spread.index if spread[key] > 2 and key not in ("seconds", "lr", "drop_path")
+        str(key)
+        for key, values in by_key
+        if values.nunique() > 2 and not _constant(values) and key not in ("seconds", "lr", "drop_path")
     ]
     strength = {one.name.removeprefix("search_"): one.test.p for one in metrics}
     declared = {one.name.removeprefix("search_") for one in metrics if one.primary}
     named = [key for key in named if not key.endswith("_mb")]
     ranked = sorted(named, key=lambda key: (key not in declared, strength.get(key) or 1.0, key))
+    arms = sample.trials["arm"].tolist()
+    error: Array = np.asarray(sample.error, dtype=np.float64)
+    groups = arms if len(set(arms)) > 1 else None
+    units = (_within(sample)[0] if groups else sample.units).tolist()
+    weights = _weights(sample, error)
     found = []
     for key in ranked[:3]:
         rows = epochs[epochs["key"] == key]
@@ -878,14 +1380,13 @@ def _curves(sample: Sample, metrics: tuple[MetricFinding, ...], draws: Draws) ->
         wide = wide.iloc[:, steps]
         values = wide.to_numpy()
         step = _resolution(values[np.isfinite(values)])
-        error, arms = sample.error.to_numpy(), sample.trials["arm"].tolist()
-        groups = arms if len(set(arms)) > 1 else None
-        units = [f"{arm} {unit}" for arm, unit in zip(arms, sample.units, strict=True)]
-        points = correlate.over_epochs(wide, error, groups=groups, units=units, resolution=step, draws=draws)
+        points = correlate.over_epochs(
+            wide, error, groups=groups, weights=weights, units=units, resolution=step, draws=draws
+        )
         pooled = points
         if groups:
             pooled = correlate.over_epochs(
-                wide, error, units=sample.units.tolist(), resolution=step, draws=draws
+                wide, error, weights=weights, units=sample.units.tolist(), resolution=step, draws=draws
             )
         best = correlate.best_epoch(wide, error, groups=groups, units=units, resolution=step, draws=draws)
         found.append(EpochCurve(key, stage, points, pooled, best, int(sample.error.notna().sum())))

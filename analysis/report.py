@@ -130,10 +130,8 @@ def _results(
         "unit": "network, by genotype key" if found.counts.n_used else None,
         "seeds": sections.seeds(sample),
         **values,
-        "claims": [
-            {"claim": claim, "verdict": verdict, "rests_on": rest}
-            for claim, verdict, rest in sections.verdicts(sample, found, len(found.metrics))
-        ],
+        "protocols": plain(sample.protocols),
+        "claims": plain(sections.claims(sample, found)),
         "checklist": plain(list(items)),
         "provenance": plain(study.get("provenance") or {}),
         "sources": dict(sample.sources),

@@ -2,31 +2,118 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from analysis import figures
 from analysis.checklist import Item
 from analysis.compare import MARGIN
-from analysis.findings import Findings, MetricFinding, Versus
+from analysis.findings import Findings, MetricFinding, Unanswered, Versus, ranked
 from analysis.loaders import Sample
 from analysis.page import Block, Bullets, Cards, Heading, Picture, Table, Text
 from analysis.resample import Estimate
+from analysis.selection import random_policy
+
+_EXPLORED = 3
+"""Exploratory metrics that stand beside the verdicts; all are in the table of metrics."""
 
 
-def verdicts(sample: Sample, found: Findings, most: int) -> list[tuple[str, str, str]]:
-    """Claims with their verdicts: of arms, then of metrics."""
-    cards = [
-        (f"{one.claim.arm} errs less than {one.claim.other}", one.claim.verdict, _rests_on(one))
-        for one in found.versus
-    ]
-    return cards + [
-        (
-            f"{one.name} tells which {'run' if sample.kind == 'study' else 'network'} errs less",
-            one.verdict,
-            _metric_rests_on(one),
-        )
-        for one in figures.top(found, most)
-    ]
+@dataclass(frozen=True)
+class Claim:
+    """A claim with the answer of the study, and all that the answer rests on."""
+
+    claim: str
+    kind: Literal["arm", "metric"]
+    declared: bool
+    """Whether the study named it before there were results; what was not is exploratory."""
+
+    verdict: str
+    n_total: int
+    n_used: int
+    n_pruned: int
+    n_failed: int
+    n_pending: int
+    value: float | None
+    """Of an arm, the difference in test error in percentage points; of a metric, tau-b."""
+
+    low: float | None
+    high: float | None
+    p: float | None
+    p_adjusted: float | None
+    detectable: float | None
+    """True difference, or rank correlation, that such a study finds with a power of 80 %."""
+
+    reason: str | None
+    """Why there is no verdict, or what limits the number."""
+
+    rests_on: str
+    """The same in words."""
+
+
+def claims(sample: Sample, found: Findings) -> list[Claim]:
+    """All claims with their answers: of arms, then of metrics, declared ones first."""
+    answers = [_of_arms(one) for one in found.versus]
+    noun = "run" if sample.kind == "study" else "network"
+    declared = [_of_metric(one, noun) for one in ranked(found.metrics) if one.primary]
+    lost = [_without(one, noun) for one in found.unanswered]
+    rest = [_of_metric(one, noun) for one in ranked(found.metrics) if not one.primary]
+    return [*answers, *declared, *lost, *rest]
+
+
+def _of_arms(one: Versus) -> Claim:
+    result = one.claim.difference
+    return Claim(
+        claim=f"{one.claim.arm} errs less than {one.claim.other}",
+        kind="arm",
+        declared=True,
+        verdict=one.claim.verdict,
+        **vars(one.flow),
+        value=None if result is None else result.mean_difference,
+        low=None if result is None else result.low,
+        high=None if result is None else result.high,
+        p=None if result is None else result.p,
+        p_adjusted=one.claim.adjusted_p,
+        detectable=None if result is None else result.minimum_detectable,
+        reason=one.claim.doubt or (None if result is None else result.reason),
+        rests_on=_rests_on(one),
+    )
+
+
+def _of_metric(one: MetricFinding, noun: str) -> Claim:
+    return Claim(
+        claim=f"{one.name} tells which {noun} errs less",
+        kind="metric",
+        declared=one.primary,
+        verdict=one.verdict,
+        **vars(one.flow),
+        value=one.headline.value,
+        low=one.headline.low,
+        high=one.headline.high,
+        p=one.p,
+        p_adjusted=one.p_adjusted,
+        detectable=one.detectable,
+        reason="; ".join(filter(None, [one.restriction, one.headline.restriction])) or None,
+        rests_on=_metric_rests_on(one),
+    )
+
+
+def _without(one: Unanswered, noun: str) -> Claim:
+    why = one.verdict.partition(": ")[2]
+    return Claim(
+        claim=f"{one.name} tells which {noun} errs less",
+        kind="metric",
+        declared=True,
+        verdict=one.verdict,
+        **vars(one.flow),
+        value=None,
+        low=None,
+        high=None,
+        p=None,
+        p_adjusted=None,
+        detectable=None,
+        reason=why,
+        rests_on=f"Declared, and without an answer: {why}. It counts in the family of declared metrics.",
+    )
 
 
 def _rests_on(one: Versus) -> str:
@@ -79,18 +166,29 @@ def page_blocks(
             if any(stem == s or (s.endswith("_") and stem.startswith(s)) for s in stems)
         ]
 
+    answers = claims(sample, found)
+    cards = [(one.claim, one.verdict, one.rests_on) for one in answers if one.declared]
     blocks: list[Block] = [Heading("Verdicts")]
-    cards = verdicts(sample, found, 6)
-    blocks += [Cards(cards)] if cards else [Text("The records allow no claim.", "warning")]
+    blocks += [Cards(cards)] if cards else [Text("The study declared no claim.", "warning")]
     blocks.append(
         Text(
-            "A claim of an arm is decided where its p-value, adjusted by Holm over all arms' claims, is "
-            "below 0.05. A metric is "
-            "supported where its adjusted p-value is below 0.05 (weighted associations: where the interval "
-            "leaves out 0), and "
-            "not supported where its interval lies within -0.1 and +0.1; else the study leaves it undecided."
+            "Claims that the study named before its results. A claim of an arm is decided where its p-value, "
+            "adjusted by Holm over all arms' claims, is below 0.05. A metric is supported where its p-value, "
+            "adjusted over the declared metrics, is below 0.05, and not supported where its interval lies "
+            "within -0.1 and +0.1; else the study leaves it undecided."
         )
     )
+    exploratory = [(one.claim, one.verdict, one.rests_on) for one in answers if not one.declared]
+    if exploratory:
+        blocks += [
+            Heading("Exploratory", 3),
+            Cards(exploratory[:_EXPLORED]),
+            Text(
+                "Metrics that were not declared before the results, the strongest first: p-values are "
+                "adjusted by Benjamini and Hochberg over all of them, and what stands here is a question for "
+                "a next study, not a claim of this one."
+            ),
+        ]
     if found.restrictions:
         blocks += [Heading("What limits this report", 3), Bullets(found.restrictions)]
     blocks += [Heading("Runs"), *_counts(sample, found), *shown("flow")]
@@ -108,7 +206,7 @@ def page_blocks(
         blocks.append(Heading("The searches" if sample.kind == "study" else "The networks"))
         blocks += searched or [Text("No search was recorded over epochs.")]
     blocks += [Heading("Variance and power"), *_variance(found), *shown("variance", "power")]
-    blocks += [Heading("Cost and size"), *shown("anytime", "front")]
+    blocks += [Heading("Cost and size"), *shown("anytime"), *_anytime(found), *shown("front")]
     if not shown("anytime", "front"):
         blocks.append(Text("Neither cost nor size was recorded."))
     blocks += [Heading("Checklist"), *_checklist(items)]
@@ -120,7 +218,7 @@ def page_blocks(
 def _counts(sample: Sample, found: Findings) -> list[Block]:
     counts = found.counts
     row = [
-        f"{value:,}"
+        "-" if value is None else f"{value:,}"
         for value in (
             counts.n_rows,
             counts.n_total,
@@ -130,15 +228,18 @@ def _counts(sample: Sample, found: Findings) -> list[Block]:
             counts.n_failed,
             counts.n_pending,
             counts.n_missing,
+            counts.n_not_started,
         )
     ]
     header = ["n_rows", "n_total", "n_used", "n_unique", "n_pruned", "n_failed", "n_pending", "n_missing"]
+    header.append("n_not_started")
     blocks: list[Block] = [
         Table(
             header,
             [row],
             "Rows of the source; rows in the analysis; with a final error; different networks among "
-            "these; stopped early; failed; not ended; completed without a final error.",
+            "these; stopped early; failed; not ended; completed without a final error; planned and never "
+            "started (- where the plan is not recorded).",
         )
     ]
     if found.failures:
@@ -170,7 +271,10 @@ def _arms(sample: Sample, found: Findings) -> list[Block]:
     header = ["arm", "runs", "error % [95 % CI]", "networks", "params M", "skips", "search s", "memory MB"]
     blocks: list[Block] = [
         Table(
-            header, rows, "Means over finished runs; 95 % t intervals where runs are independent and differ."
+            header,
+            rows,
+            "Means over finished runs; 95 % t intervals where runs are independent, measured alike, and "
+            "differ.",
         )
     ]
     notes = [
@@ -190,7 +294,12 @@ def _versus_tables(found: Findings) -> list[Block]:
     for one in found.versus:
         result, name = one.claim.difference, f"{one.claim.arm} - {one.claim.other}"
         if result is None or one.comparison is None:
-            rows.append([name, "-", "-", "-", "-", "-", "-", one.claim.verdict])
+            told = (
+                ["-", "-"]
+                if result is None
+                else [f"{result.n_a}, {result.n_b}", f"{result.mean_difference:+.2f}"]
+            )
+            rows.append([name, *told, "-", "-", "-", "-", one.claim.verdict])
             continue
         gain = one.improvement.percent if one.improvement else None
         rows.append(
@@ -242,6 +351,8 @@ def _versus_tables(found: Findings) -> list[Block]:
         "power before adjustment."
     )
     blocks: list[Block] = [Heading("Comparisons", 3), Table(header, rows, caption)]
+    if doubts := {one.claim.doubt: None for one in found.versus if one.claim.doubt}:
+        blocks.append(Bullets([f"No interval, test or verdict: {why}." for why in doubts]))
     if more:
         header = [
             "arms",
@@ -270,20 +381,26 @@ def _versus_tables(found: Findings) -> list[Block]:
 def _aggregates(found: Findings) -> list[Block]:
     if not found.aggregates:
         return []
-    rows = [
-        [
-            arm,
-            *(_estimate(values[name]) for name in ("iqm", "mean", "optimality_gap")),
-            "-" if arm not in found.improvement else _estimate(found.improvement[arm]),
-        ]
-        for arm, values in found.aggregates.items()
-    ]
+    rows = []
+    for arm in (str(each["arm"]) for each in found.arms if each["n"]):
+        values = found.aggregates.get(arm)
+        names = ("iqm", "mean", "optimality_gap")
+        rows.append(
+            [
+                arm,
+                *("-" if values is None else _estimate(values[name]) for name in names),
+                "-" if arm not in found.improvement else _estimate(found.improvement[arm]),
+                found.doubts.get(arm, ""),
+            ]
+        )
+    header = ["arm", "IQM", "mean", "optimality gap", "P(beats random)", "why not"]
+    kept = len(header) if found.doubts else -1
     return [
         Heading("Normalised scores", 3),
         Table(
-            ["arm", "IQM", "mean", "optimality gap", "P(beats random)"],
-            rows,
-            "0 is the mean random architecture, 1 the best run of the study; stratified bootstrap, 95 %.",
+            header[:kept],
+            [row[:kept] for row in rows],
+            "0 is the mean random architecture, 1 the best run among these; stratified bootstrap, 95 %.",
         ),
     ]
 
@@ -291,9 +408,10 @@ def _aggregates(found: Findings) -> list[Block]:
 def _metrics(sample: Sample, found: Findings, shown: Any) -> list[Block]:
     if not found.metrics:
         return [
+            *([Text(found.family)] if found.unanswered else []),
             Text(
                 "No metric can be correlated with a final error here; see what limits this report.", "warning"
-            )
+            ),
         ]
     blocks: list[Block] = [Text(found.family)]
     ceiling = found.ceiling
@@ -320,19 +438,25 @@ def _metrics(sample: Sample, found: Findings, shown: Any) -> list[Block]:
     rows = [
         [
             _named(one),
+            _unit(sample, one.name),
             f"{one.headline.n:,}",
             f"{one.headline.n_units:,}",
             _estimate(one.headline),
             _estimate(one.overall.tau_b),
-            _p(one.test.p),
+            _p(one.p),
             _p(one.p_adjusted),
             _detectable(one),
             one.verdict,
         ]
         for one in ordered
     ]
+    rows += [
+        [f"{one.name} (primary)", _unit(sample, one.name), f"{one.flow.n_used:,}", *["-"] * 6, one.verdict]
+        for one in found.unanswered
+    ]
     header = [
         "metric",
+        "unit, better",
         "n",
         "units",
         "tau-b, headline",
@@ -357,17 +481,37 @@ def _metrics(sample: Sample, found: Findings, shown: Any) -> list[Block]:
         [
             one.name,
             _estimate(one.overall.spearman),
+            _by_fisher(one),
             _estimate(one.overall.pearson),
+            "-" if one.detail is None else _estimate(one.detail.sparse),
             _estimate(one.grouped.between),
             one.overall.words,
             one.test.method,
         ]
         for one in ordered
     ]
-    header = ["metric", "Spearman's rho", "Pearson's r", "tau-b of arms' means", "pooled, in words", "test"]
-    blocks.append(Table(header, more, "Other coefficients, pooled over arms.", folded="Other coefficients"))
+    header = [
+        "metric",
+        "Spearman's rho",
+        "the same by Fisher's z",
+        "Pearson's r",
+        "sparse tau-b",
+        "tau-b of arms' means",
+        "pooled, in words",
+        "test",
+    ]
+    blocks.append(
+        Table(
+            header,
+            more,
+            "Other coefficients, pooled over arms but for sparse tau-b, which is within them as the "
+            "headline, with errors told apart by 0.1 %. Fisher's z with the standard error of Bonett and "
+            "Wright checks the bootstrap, where every row is a unit.",
+            folded="Other coefficients",
+        )
+    )
     blocks += [*shown("scatter_"), *shown("heat"), *shown("groups_"), *shown("epochs")]
-    blocks += [*_pruning(found), *_controls(found), *_choosing(found), *_models(found)]
+    blocks += [*_pruning(found), *_controls(found), *_choosing(found), *_models(found), *_groupings(found)]
     notes = [
         f"{one.name}: {text}."
         for one in found.metrics
@@ -487,7 +631,76 @@ def _controls(found: Findings) -> list[Block]:
             rows,
             "Spearman's rho pooled over arms, and that of the residuals of ranks; 95 % intervals.",
         ),
+        *_over_size(found),
     ]
+
+
+def _over_size(found: Findings) -> list[Block]:
+    rows = [
+        [
+            one.name,
+            _estimate(one.detail.over_size),
+            "-" if one.detail.gain is None else _estimate(one.detail.gain),
+        ]
+        for one in ranked(found.metrics)
+        if one.detail is not None and one.detail.over_size is not None
+    ]
+    if not rows:
+        return []
+    return [
+        Table(
+            ["metric", "tau-b within arms above that of params", "gain in R squared over params"],
+            rows,
+            "Whether the metric says more than size: its tau-b within arms less that of the parameters, both "
+            "turned to rise with the error as observed here and resampled together; and how much better a "
+            "line in both predicts runs left out than one in the parameters alone (10-fold). 95 % intervals.",
+        )
+    ]
+
+
+def _groupings(found: Findings) -> list[Block]:
+    """Each metric of interest within every grouping of the rows, and the warnings that these raise."""
+    blocks: list[Block] = []
+    for one in ranked(found.metrics):
+        if one.detail is None or not one.detail.groupings:
+            continue
+        rows = [
+            [
+                name,
+                f"{len(each.groups) + each.n_small}",
+                _estimate(each.pooled),
+                _estimate(each.within),
+                _estimate(each.between),
+                _estimate(each.heterogeneity.mean),
+                "-"
+                if each.heterogeneity.i_squared is None
+                else f"{100 * each.heterogeneity.i_squared:.0f} %",
+                "; ".join(f"{label} {_estimate(group)}" for label, group in each.groups) or "-",
+                each.simpson or "",
+            ]
+            for name, each in one.detail.groupings.items()
+        ]
+        header = [
+            "by",
+            "groups",
+            "pooled",
+            "within",
+            "between",
+            "mean of groups",
+            "I squared",
+            "groups of 5 or more",
+        ]
+        blocks.append(
+            Table(
+                [*header, "warning"],
+                rows,
+                f"Tau-b of {one.name} with the final error over other groupings than arms: pooled, within "
+                "and between groups, the random-effects mean of the groups, and each group of five units or "
+                "more.",
+                folded=f"{one.name} by axis and seed",
+            )
+        )
+    return blocks
 
 
 def _choosing(found: Findings) -> list[Block]:
@@ -524,6 +737,37 @@ def _choosing(found: Findings) -> list[Block]:
                 folded="Quality of choices",
             ),
         ]
+    if found.random_search:
+        blocks.append(
+            Table(
+                ["random networks", *found.random_search],
+                [
+                    [
+                        "expected error of the best, %",
+                        *(f"{error:.2f}" for error in found.random_search.values()),
+                    ]
+                ],
+                "What random search finds in this space, exactly: with errors y in descending order, the "
+                "expected best of n draws without replacement is the sum of y_i C(i - 1, n - 1) / C(N, n).",
+            )
+        )
+    if policies := [(one.name, one.detail.share) for one in ranked(found.metrics) if one.detail is not None]:
+        rows = [
+            [name, f"{q:.3g}", *(f"{random_policy(q, n):.3g}" for n in (1, 10, 100))]
+            for name, q in policies
+            if q is not None
+        ]
+        if rows:
+            blocks.append(
+                Table(
+                    ["metric", "q", "n = 1", "n = 10", "n = 100"],
+                    rows,
+                    "The network that each metric puts first, in the direction observed here, against random "
+                    "search: q, the share of the space that errs at most as much, and the probability "
+                    "(1 - q)^n that n random networks all err more.",
+                    folded="Against random search",
+                )
+            )
     shares = [(one.name, one.best) for one in found.metrics if one.best]
     if shares:
         names = list(shares[0][1])
@@ -597,6 +841,17 @@ def _variance(found: Findings) -> list[Block]:
                 f"points ({found.spread_df} degrees of freedom)."
             )
         )
+    elif found.unlike is not None:
+        blocks.append(Text(f"Nothing is pooled over arms: {found.unlike}.", "warning"))
+    elif found.doubts:
+        blocks.append(
+            Text(
+                "The spread between independent runs is not known, as no arm has two of them: "
+                + "; ".join(f"{arm}: {why}" for arm, why in found.doubts.items())
+                + ".",
+                "warning",
+            )
+        )
     else:
         blocks.append(
             Text(
@@ -638,6 +893,38 @@ def _variance(found: Findings) -> list[Block]:
             )
         )
     return blocks
+
+
+def _anytime(found: Findings) -> list[Block]:
+    if not found.anytime:
+        return []
+    rows = []
+    for one in found.anytime:
+        low, middle, high = (None if hours is None else f"{hours:.3g}" for hours in one.to_target)
+        never = one.n_sequences - one.n_reached
+        rows.append(
+            [
+                one.arm,
+                f"{one.n}",
+                f"{one.total_hours:.3g}",
+                "-" if one.area is None else _estimate(one.area, ".2f"),
+                "-" if one.target is None or middle is None else f"{middle} [{low}, {high or 'never'}]",
+                "-" if one.target is None else f"{never} of {one.n_sequences}",
+            ]
+        )
+    area = next((one.area for one in found.anytime if one.area is not None), None)
+    target = found.anytime[0].target
+    told = f" {area.method.partition(';')[0].capitalize()}." if area is not None else ""
+    told += f" Target: {target:.2f} %, the mean of the reference or random arm." if target is not None else ""
+    return [
+        Table(
+            ["arm", "n", "hours", "mean error, %", "hours to the target", "never reached it"],
+            rows,
+            f"Area under the anytime curves over its width, and hours to a target.{told} Medians and 95 % "
+            "ranges over the same sequences of runs; those that never reach the target are censored at their "
+            "end (Kaplan-Meier).",
+        )
+    ]
 
 
 def _checklist(items: Sequence[Item]) -> list[Block]:
@@ -689,7 +976,9 @@ def _methods(found: Findings, missing: Mapping[str, str]) -> list[Block]:
         "arms, search runs.",
         "Tau-b, Spearman's rho and Pearson's r with BCa bootstrap intervals over units; percentile "
         "intervals below 10 units, none below 5.",
-        "P-values of metrics: permutation of units within arms. Values closer than 1e-6 count as ties.",
+        "P-values of metrics: permutation of units within arms. Values of a metric count as ties where they "
+        "are closer than 1e-6, or than a millionth of its range where that is smaller; a metric whose range "
+        "is below 1e-9 of its size is constant. Errors closer than 1e-6 are ties.",
         "Numbers in results.json are rounded to six significant digits; the rows behind every figure are "
         "in figures/.",
     ]
@@ -723,6 +1012,18 @@ def _estimate(found: Estimate, form: str = "+.2f") -> str:
     if found.low is None or found.high is None:
         return f"{found.value:{form}}, no interval"
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+
+
+def _by_fisher(one: MetricFinding) -> str:
+    interval = one.detail.rho_interval if one.detail is not None else None
+    return "-" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def _unit(sample: Sample, name: str) -> str:
+    """Unit of a metric and which direction is better, from the catalogue in study.json."""
+    listed = sample.tables.study.get("metrics") or {}
+    about = listed.get(name) or listed.get(name.removeprefix("search_")) or {}
+    return ", ".join(filter(None, [about.get("unit"), about.get("better")])) or "-"
 
 
 def _named(one: MetricFinding) -> str:

@@ -252,9 +252,6 @@ def test_declared_metrics_form_a_family_of_their_own(tmp_path: Path) -> None:
     assert found["search_alpha_margin"].adjustment == "Holm over 1"
     assert found["params_m"].adjustment.startswith("Benjamini-Hochberg")
     assert next(iter(findings.ranked(list(found.values())))).name == "search_alpha_margin"
-    folder = sweep(tmp_path / "other", primary_metrics=["search_magic"])
-    with pytest.raises(ValueError, match="primary_metrics names search_magic, which no trial recorded"):
-        findings.find(sample(folder))
 
 
 def test_runs_that_found_one_network_are_one_unit(build: Build) -> None:
@@ -292,7 +289,8 @@ def test_the_checklist_answers_from_records_only(tmp_path: Path) -> None:
     assert "2 random architectures" in items[11].evidence
     assert items[1].answer == "unknown"  # that code is public no record can tell
     assert items[1].said == "see the repository"
-    assert items[15].evidence.startswith("0.9 hours") or items[15].answer == "yes"
+    assert items[15].answer == "unknown"  # what tuning cost no record tells
+    assert "hours of search and retraining over all trials" in items[15].evidence
     assert items[13].answer == "no"
 
 
