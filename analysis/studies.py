@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from analysis import compare, findings, planning, records, summary
+from analysis import compare, findings, planning, summary
 from analysis.compare import Comparison, Equivalence, PairedDifference, Reproduction
 from analysis.loaders import Sample
 from analysis.resample import Estimate, count
