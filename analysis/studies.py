@@ -73,9 +73,7 @@ def alike(samples: Sequence[Sample], pool: bool = False) -> list[str]:
         differing.append(f"data ({known})")
     elif hashes[0] is None:
         told.append("data: hash not recorded, so it is not known that all runs had the same data")
-    ended = pd.concat(
-        [sample.trials[sample.trials["status"] != "pending"] for sample in samples], ignore_index=True
-    )
+    ended = pd.concat([sample.trials[sample.error.notna()] for sample in samples], ignore_index=True)
     if not any(str(name).startswith("config.retrain.") for name in ended):
         told.append("protocol: not recorded, so it is not known that all runs were trained alike")
     if found := summary.differing(ended):
