@@ -188,8 +188,9 @@ def _finals(tables: Tables) -> pd.DataFrame:
 def search_metrics(tables: Tables) -> pd.DataFrame:
     """What was recorded of each trial before its retraining: end metrics, else the last epoch of its search.
 
-    Neither status, spread and seconds of single measurements, nor the epoch of a stop, are metrics. Only
-    searches that ended count: the last epoch of one that was cut short is not its result.
+    A metric that is null or absent in the last epoch is missing: no earlier epoch stands in for it. Neither
+    status, spread and seconds of single measurements, nor the epoch of a stop, are metrics. Only searches
+    that ended count: the last epoch of one that was cut short is not its result.
     """
     trials = tables.trials
     fixed = {"trial_id", "arm", "name", "status", "reason", "genotype", "genotype_key", "study_id"}
@@ -207,18 +208,24 @@ def search_metrics(tables: Tables) -> pd.DataFrame:
     if len(epochs):
         retrained = epochs.loc[epochs["stage"] == "retrain", "trial_id"].unique()
         search = epochs[(epochs["stage"] == "search") & epochs["trial_id"].isin(retrained)]
-        by_key = search.sort_values("epoch").groupby(["trial_id", "key"], observed=True)["value"]
-        wide = by_key.last().unstack("key")
-        for name in wide.columns:  # what adds up over epochs, and what is a peak
-            if name == "seconds" or str(name).endswith("_mb"):
-                wide[name] = (by_key.sum() if name == "seconds" else by_key.max()).unstack("key")[name]
-        wide.index = wide.index.astype(str)
+        search = search.astype({"trial_id": str, "key": str})
+        last = search["epoch"] == search.groupby("trial_id")["epoch"].transform("max")
+        wide = search[last].pivot(index="trial_id", columns="key", values="value")
+        by_key = search.groupby(["trial_id", "key"])["value"]
+        sums, peaks = by_key.sum(min_count=1).unstack("key"), by_key.max().unstack("key")
+        for name in sums.columns:  # what adds up over epochs, and what is a peak
+            if name == "seconds" or name.endswith("_mb"):
+                wide[name] = (sums if name == "seconds" else peaks)[name]
         wide = wide.reindex(trials["trial_id"]).set_axis(trials.index)
+        # The end row of a completed trial has all its end metrics: what is null there was not measured.
+        open_ended = trials["status"] != "completed"
         for key in map(str, wide.columns):
             # The peak of a trial is that of its search or its retraining.
             name = key if key in found.columns and not key.endswith("_mb") else f"search_{key}"
             column = wide[key].astype(float)
-            found[name] = found[name].where(found[name].notna(), column) if name in found else column
+            found[name] = (
+                found[name].mask(open_ended & found[name].isna(), column) if name in found else column
+            )
     told = [str(name) for name in found if name == "search_seconds" or not str(name).endswith(_BOOKKEEPING)]
     return found[sorted(name for name in told if found[name].notna().any())]
 

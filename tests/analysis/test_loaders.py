@@ -59,6 +59,37 @@ def test_a_search_that_was_cut_short_has_no_last_epoch(tmp_path: Path) -> None:
     assert sample.metrics.loc[cut, "search_train_loss"].isna().all()
 
 
+@pytest.mark.parametrize("status", ["completed", "pruned"])
+@pytest.mark.parametrize("last", [{"eigenvalue": None}, {}])
+def test_no_earlier_epoch_stands_in_for_the_last(tmp_path: Path, status: str, last: dict[str, None]) -> None:
+    folder = write_study(tmp_path)
+    ended = {"test_error": 0.1, "search_eigenvalue": None} if status == "completed" else {}
+    for trial, values in (("lost", (1.0, 2.0)), ("found", (1.0, 2.0, 3.0))):
+        rows = [start(trial)] + [epoch(trial, at, {"eigenvalue": value}) for at, value in enumerate(values)]
+        rows += [epoch(trial, 2, {"train_loss": 0.5, **last})] if trial == "lost" else []
+        whole = {"test_error": 0.1, "search_eigenvalue": 3.0} if trial == "found" else ended
+        rows += [epoch(trial, 0, {"valid_error": 0.2}, "retrain")]
+        rows += [end(trial, "completed" if trial == "found" else status, None, metrics=whole)]
+        write_rows(folder, rows)
+    sample = loaders.load(folder)
+    found = dict(zip(sample.trials["trial_id"], sample.metrics["search_eigenvalue"], strict=True))
+    assert found["found"] == 3.0
+    assert np.isnan(found["lost"]), "epochs 1.0, 2.0 and nothing are nothing"
+
+
+@pytest.mark.parametrize(("status", "expected"), [("completed", np.nan), ("pruned", 3.0)])
+def test_a_null_in_the_end_row_of_a_completed_trial_is_null(
+    tmp_path: Path, status: str, expected: float
+) -> None:
+    folder = write_study(tmp_path)
+    metrics = {"test_error": 0.1, "search_eigenvalue": None} if status == "completed" else {}
+    rows = [start("t"), epoch("t", 0, {"eigenvalue": 3.0}), epoch("t", 0, {"valid_error": 0.2}, "retrain")]
+    write_rows(folder, [*rows, end("t", status, None, metrics=metrics)])
+    write_rows(folder, [start("u", seed=1), end("u", metrics={"test_error": 0.1, "search_eigenvalue": 4.0})])
+    found = loaders.load(folder).metrics["search_eigenvalue"].tolist()
+    np.testing.assert_equal(found, [expected, 4.0])
+
+
 def test_seconds_of_a_search_without_an_end_metric_are_those_of_all_epochs(tmp_path: Path) -> None:
     folder = write_study(tmp_path)
     rows = [start("t")]
