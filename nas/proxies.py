@@ -38,7 +38,7 @@ STATUSES = ("ok", "nan", "inf", "error")
 EPSILON = 1e-5
 """k of jacob_cov and epe_nas."""
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def grasp_of(loss: Tensor, weights: Sequence[Tensor]) -> float:
 def fisher(subject: Subject, batch: Batch) -> float:
     """Sum over layers and channels of half the mean over n of (sum over pixels of a * dL/da) squared.
 
-    a (N, C, ...) is what a convolution or linear layer puts out, before batch norm and ReLU.
+    a (N, C, ...) is what a convolution or linear layer puts out, before batch norm and ReLU. No channel is
+    multiplied by the number of its weights, as some code does.
     """
     outputs: list[Tensor] = []
     with _outputs(subject.network, lambda module, out: outputs.append(out)):
@@ -218,7 +219,12 @@ def synflow(subject: Subject, batch: Batch) -> float:
 
     In double precision, with |W| for W and batch norm left out.
     """
-    return math.log(score) if (score := synflow_of(subject, batch[0][:1])) > 0 else -math.inf
+    return _log(synflow_of(subject, batch[0][:1]))
+
+
+def _log(value: float) -> float:
+    """Logarithm; -inf of what is not positive, and nan of nan."""
+    return math.log(value) if value > 0 else math.nan if math.isnan(value) else -math.inf
 
 
 def synflow_of(subject: Subject, image: Tensor) -> float:
@@ -252,8 +258,14 @@ def jacobian(subject: Subject, batch: Batch) -> Tensor:
 
 
 def jacob_cov(subject: Subject, batch: Batch) -> float:
-    """Minus the sum over eigenvalues v of the images' correlations of log(v + k) + 1 / (v + k)."""
-    return jacob_cov_of(jacobian(subject, batch))
+    """Minus the sum over eigenvalues v of the images' correlations of log(v + k) + 1 / (v + k).
+
+    Of half as many images as an image has values, at most: correlations of as many rows as columns, or more,
+    have an eigenvalue of 0 whatever the network, and its term 1 / k is all that is left of the score.
+    """
+    images, labels = batch
+    most = max(2, images[0].numel() // 2)
+    return jacob_cov_of(jacobian(subject, (images[:most], labels[:most])))
 
 
 def jacob_cov_of(rows: Tensor) -> float:
@@ -293,7 +305,10 @@ def epe_nas_of(rows: Tensor, labels: Tensor) -> float:
 
 
 def naswot(subject: Subject, batch: Batch) -> float:
-    """Logarithm of |det K|, with K_ij the number of ReLUs that are on or off for both images i and j."""
+    """Logarithm of |det K|, with K_ij the number of ReLUs that are on or off for both images i and j.
+
+    The network rectifies a tensor once however many operations read it, and so it counts once.
+    """
     kernels: list[Tensor] = []
 
     def watch(function: Any, args: Any, kwargs: Any) -> Any:
@@ -361,8 +376,7 @@ def _zen(subject: Subject, like: Tensor, repeat: int) -> float:
         out = subject.logits(images + ZEN_STEP * noise, held)
         moved = features[-1] if features else out
     change = float((clean - moved).double().abs().flatten(1).sum(dim=1).mean())
-    scale = math.fsum(0.5 * math.log(v) if (v := float(norm)) > 0 else -math.inf for norm in norms)
-    return (math.log(change) if change > 0 else -math.inf) + scale
+    return _log(change) + math.fsum(0.5 * _log(float(norm)) for norm in norms)
 
 
 # --- baselines ----------------------------------------------------------------------------------------------
@@ -400,10 +414,27 @@ PROXIES: dict[str, Proxy] = {
     "plain": Proxy("nats", "higher", "sum of W dL/dW", plain),
     "snip": Proxy("nats", "higher", "sum of |W dL/dW|", snip),
     "grasp": Proxy("nats^2", "higher", "minus the sum of W (H dL/dW)", grasp),
-    "fisher": Proxy("nats^2", "higher", "sum of half the squared saliency of channels", fisher),
+    "fisher": Proxy(
+        "nats^2",
+        "higher",
+        "sum of half the squared saliency of channels that convolutions and linear layers put out, "
+        "not times the number of their weights",
+        fisher,
+    ),
     "synflow": Proxy("log", "higher", "logarithm of the sum of W dR/dW with |W|", synflow, "inits"),
-    "jacob_cov": Proxy("1", "higher", "how uncorrelated the Jacobians of images are", jacob_cov),
-    "naswot": Proxy("log", "higher", "log-determinant of the kernel of ReLU codes", naswot),
+    "jacob_cov": Proxy(
+        "1",
+        "higher",
+        "how uncorrelated the Jacobians of images are, at most half as many as an image has values",
+        jacob_cov,
+    ),
+    "naswot": Proxy(
+        "log",
+        "higher",
+        "log-determinant of the kernel of ReLU codes; what several operations read is rectified, and counts, "
+        "once",
+        naswot,
+    ),
     "zen": Proxy("log", "higher", "sensitivity of features under Gaussian weights", zen, "once"),
     "epe_nas": Proxy("1", "higher", "correlation of the Jacobians within classes", epe_nas),
 }
@@ -428,29 +459,33 @@ def evaluate(
     chosen = set(names)
     for name in (name for name in PROXIES if name in chosen or (chosen and name in BASELINES)):
         started = time.perf_counter()
-        values, status = _scores(name, build, batches, seed)
-        ok = status == "ok"
-        found[f"proxy_{name}"] = statistics.fmean(values) if ok else None
-        found[f"proxy_{name}_sd"] = statistics.stdev(values) if ok and len(values) > 1 else None
+        value, deviation, status = _score(name, build, batches, seed)
+        found[f"proxy_{name}"] = value
+        found[f"proxy_{name}_sd"] = deviation
         found[f"proxy_{name}_seconds"] = time.perf_counter() - started
         found[f"proxy_{name}_status"] = float(STATUSES.index(status))
     return found
 
 
-def _scores(
+def _score(
     name: str, build: Callable[[int], nn.Module], batches: Sequence[Batch], seed: int
-) -> tuple[list[float], str]:
-    """A proxy's value in every run, and what became of it."""
+) -> tuple[float | None, float | None, str]:
+    """A proxy's mean over runs, its deviation over them if they are several, and what became of it."""
     proxy = PROXIES[name]
     used = batches if proxy.runs == "batches" else batches[:1]
     values: list[float] = []
     try:
+        if not used:
+            raise ValueError("no batch of two images or more to score the network by")
         for init in range(1 if proxy.runs == "once" else INITS):
             subject = Subject(build(init), seed)
             values += [proxy.score(subject, batch) for batch in used]
-    except (RuntimeError, ValueError) as error:  # one proxy less is no reason to lose the trial
-        _log.warning("proxy %s failed: %s", name, " ".join(str(error).split())[:200])
-        return [], "error"
-    if any(map(math.isnan, values)):
-        return values, "nan"
-    return values, "inf" if any(map(math.isinf, values)) else "ok"
+        if any(map(math.isnan, values)):
+            return None, None, "nan"
+        if any(map(math.isinf, values)):
+            return None, None, "inf"
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, "ok"
+    # One proxy less is no reason to lose the trial. A sum may overflow though none of its terms does.
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        _logger.warning("proxy %s failed: %s", name, " ".join(str(error).split())[:200])
+        return None, None, "error"

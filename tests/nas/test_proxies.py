@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -352,6 +353,83 @@ def test_what_has_no_value_says_why(caplog: pytest.LogCaptureFixture) -> None:
     found = evaluate(["snip"], network, [(two_channels, torch.arange(4) % 3)], 0)
     assert (found["proxy_snip"], found["proxy_snip_status"]) == (None, STATUSES.index("error"))
     assert "proxy snip failed" in caplog.text
+
+
+def test_nothing_to_score_by_is_an_error_and_not_a_score() -> None:
+    found = evaluate(["snip", "synflow"], network, [], 0)
+    for name in ("snip", "synflow", "params"):
+        assert (found[f"proxy_{name}"], found[f"proxy_{name}_status"]) == (None, STATUSES.index("error"))
+
+
+@pytest.mark.parametrize(
+    ("scores", "status"),
+    [
+        ([1.0, math.nan], "nan"),
+        ([math.inf, math.nan], "nan"),
+        ([1.0, -math.inf], "inf"),
+        ([1.5e308, 1.5e308], "error"),
+        ([1.0, 2.0], "ok"),
+    ],
+)
+def test_the_status_says_what_became_of_it(
+    monkeypatch: pytest.MonkeyPatch, scores: list[float], status: str
+) -> None:
+    given = iter(scores * 3)
+    monkeypatch.setitem(proxies.PROXIES, "snip", replace(PROXIES["snip"], score=lambda *_: next(given)))
+    found = evaluate(["snip"], network, [batch(4)] * 2, 0)
+    assert found["proxy_snip_status"] == STATUSES.index(status)
+    assert found["proxy_snip"] == (1.5 if status == "ok" else None)
+
+
+@pytest.mark.parametrize("name", ["synflow", "zen"])
+def test_a_network_that_is_not_a_number_has_no_score(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxies, "synflow_of", lambda *_: math.nan)
+    monkeypatch.setattr(Subject, "logits", lambda self, images, *_: images.flatten(1) * math.nan)
+    found = evaluate([name], network, [batch(4)], 0)
+    assert (found[f"proxy_{name}"], found[f"proxy_{name}_status"]) == (None, STATUSES.index("nan"))
+
+
+def test_a_sum_that_overflows_costs_its_proxy_and_not_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(subject: Subject, batch: Batch) -> float:
+        return proxies._total(torch.tensor(1.7e308, dtype=torch.float64) for _ in range(2))
+
+    monkeypatch.setitem(proxies.PROXIES, "snip", replace(PROXIES["snip"], score=overflow))
+    found = evaluate(["snip", "plain"], network, [batch(4)], 0)
+    assert (found["proxy_snip"], found["proxy_snip_status"]) == (None, STATUSES.index("error"))
+    assert found["proxy_plain_status"] == STATUSES.index("ok")
+
+
+def test_jacob_cov_is_of_at_most_half_as_many_images_as_an_image_has_values() -> None:
+    subject, (images, labels) = Subject(network()), batch(64)
+    rows = proxies.jacobian(subject, (images[:32], labels[:32]))
+    found = proxies.jacob_cov(subject, (images, labels))
+    assert found == proxies.jacob_cov_of(rows), "images of 8 x 8 have 64 values"
+    # Of 64 rows centred over 64 values one eigenvalue is 0, and the score 1 / k whatever the network.
+    assert proxies.jacob_cov_of(proxies.jacobian(subject, (images, labels))) < -0.9 / proxies.EPSILON
+    assert found > -0.9 / proxies.EPSILON
+
+
+def test_proxies_run_in_training_mode_whatever_the_mode_of_the_network() -> None:
+    net, (images, labels) = network(), batch()
+    modes = []
+    net.stem0.register_forward_hook(lambda module, inputs, out: modes.append(module.training))
+    net.eval()
+    score = proxies.snip(Subject(net), (images, labels))
+    assert modes == [True]
+    assert proxies.snip(Subject(net.train()), (images, labels)) == score
+
+
+def test_the_seconds_of_a_proxy_are_those_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def score(subject: Subject, batch: Batch) -> float:
+        clock[0] += 2.0
+        return 1.0
+
+    monkeypatch.setattr(proxies.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setitem(proxies.PROXIES, "snip", replace(PROXIES["snip"], score=score))
+    found = evaluate(["snip"], network, [batch(4)] * 2, 0)
+    assert (found["proxy_snip_seconds"], found["proxy_params_seconds"]) == (12.0, 0.0)
 
 
 def test_every_proxy_says_its_unit_and_direction() -> None:
