@@ -95,6 +95,8 @@ def spectrum(hessian: Hessian, draws: torch.Generator, dense_max: int = DENSE_MA
             asymmetry=float((matrix - halves).norm()) / norm if norm else 0.0,
         )
     smallest, largest = lanczos(hessian.product, hessian.gradient, draws)
+    if math.isnan(largest):
+        return Spectrum(math.nan, math.nan, math.nan, None, None)
     trace = hutchinson(hessian.product, hessian.gradient, draws)
     return Spectrum(largest, smallest, trace, None, None)
 
@@ -105,15 +107,16 @@ def lanczos(
     draws: torch.Generator,
     *,
     tolerance: float = 1e-4,
-    iterations: int = 100,
+    iterations: int = 200,
     largest_only: bool = False,
 ) -> tuple[float, float]:
     """Smallest and largest eigenvalue of the symmetric matrix behind `product`.
 
     `like` (n,) gives size, dtype and device of its vectors; the first is drawn from `draws`. Stops when both
-    ends (or the largest alone) are known to `tolerance` times the largest modulus. All vectors are kept and
-    each new one is made orthogonal to them twice, without which converged eigenvalues come again. Of a matrix
-    that is not finite both are nan.
+    ends are known to `tolerance` times the largest modulus, or the largest alone to `tolerance` times its
+    own: a negative eigenvalue of large modulus says nothing of how well the largest is known. All vectors are
+    kept and each new one is made orthogonal to them twice, without which converged eigenvalues come again.
+    Both are nan of a matrix that is not finite, and where `iterations` do not do.
     """
     size = len(like)
     vector = torch.randn(size, generator=draws, dtype=torch.float64).to(like)
@@ -137,10 +140,16 @@ def lanczos(
         # |b_k s_k| bounds the distance of a Ritz value from an eigenvalue.
         errors = beside[-1] * vectors[-1].abs()
         scale = float(values.abs().max())
-        error = float(errors[-1]) if largest_only else float(max(errors[0], errors[-1]))
-        exhausted = step >= min(size, iterations) or not beside[-1] > torch.finfo(like.dtype).eps * scale
-        if exhausted or error <= tolerance * scale:
+        rounding = torch.finfo(like.dtype).eps * scale
+        if largest_only:
+            known_to, error = max(abs(float(values[-1])), rounding), float(errors[-1])
+        else:
+            known_to, error = scale, float(max(errors[0], errors[-1]))
+        exhausted = step >= size or not beside[-1] > rounding
+        if exhausted or error <= tolerance * known_to:
             return float(values[0]), float(values[-1])
+        if step >= iterations:
+            return math.nan, math.nan
         basis.append(image / beside[-1])
 
 

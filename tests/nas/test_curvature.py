@@ -85,6 +85,30 @@ def test_lanczos_finds_the_ends_of_any_spectrum(size: int, largest_only: bool) -
         assert smallest == pytest.approx(float(values[0]), rel=1e-8)
 
 
+@pytest.mark.parametrize("negative", [-1.0, -100.0, -10000.0])
+def test_lanczos_knows_the_largest_whatever_the_most_negative_one(negative: float) -> None:
+    values = torch.cat([torch.tensor([negative]), torch.linspace(-0.5, 0.5, 200), torch.ones(1)]).double()
+    found = lanczos(lambda v: values * v, values, draws(), tolerance=1e-2, largest_only=True)[1]
+    assert found == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("largest_only", [False, True])
+def test_what_lanczos_has_not_found_is_no_number(largest_only: bool) -> None:
+    matrix = symmetric(60)
+    found = lanczos(lambda v: matrix @ v, matrix[0], draws(), iterations=4, largest_only=largest_only)
+    assert all(map(math.isnan, found))
+
+
+def test_the_whole_matrix_is_computed_up_to_the_limit_alone() -> None:
+    assert DENSE_MAX == 512
+    whole, ends = (
+        spectrum(quadratic(torch.diag(torch.linspace(-1, 1, size).double() ** 5)), draws())
+        for size in (512, 513)
+    )
+    assert whole.quantiles is not None
+    assert ends.quantiles is None
+
+
 @pytest.mark.parametrize("factor", [0.0, 1.0, -2.5])
 def test_lanczos_stops_where_nothing_is_left_to_find(factor: float) -> None:
     calls: list[int] = []
