@@ -649,7 +649,9 @@ def _describe(
         "retrain_seeds": options.retrain_seeds,
         "threads": max(1, int(options.cpus_per_trial or 1)),
         "deterministic": options.deterministic,
-        "metrics": catalogue(base.measure),
+        "metrics": catalogue(
+            base.measure, stops=any(t.method.stop is not None for t in (base, *(p.trial for p in planned)))
+        ),
         # Written before there is a result: what a report tests as declared.
         "primary_metrics": list(study.primary),
         "provenance": provenance(arrays.name, arrays.sha256, base.to_dict()),

@@ -4,13 +4,13 @@
 a search does afterwards depends on it.
 """
 
+import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -20,22 +20,28 @@ from torch import Tensor
 from nas.curvature import QUANTILES, Hessian, interval, lanczos, spectrum
 from nas.gates import Gate, Gates, detached
 from nas.genotype import OPERATIONS, Genotype
-from nas.metrics import METRICS, Metric, supernet_quality
+from nas.metrics import FINAL, METRICS, Metric, supernet_quality
 from nas.proxies import BASELINES, PROXIES, STATUSES, Proxy
 from nas.samplers import Arch, Gumbel
 from nas.spaces.cell import CELL_TYPES
 from nas.stability import hamming, jaccard, rank_tau
 from nas.state import Batch, SearchState, frozen, without_statistics
 from nas.streams import generator
+from nas.supernets.stacked import CONV_OPS
 
 Values = dict[str, float | None]
 Part = Literal["held_out", "weights"]
 
+_logger = logging.getLogger(__name__)
+
 CURVATURE_BATCHES, CURVATURE_BATCH = 3, 64
-"""Held-out batches over which curvature is averaged, and images of each."""
+"""Batches over which curvature and gradients are averaged, and images of each."""
 
 PERTURBATION_IMAGES, PERTURBATION_BATCH = 1024, 128
 """Most held-out images that a perturbation is judged by, and images of a batch."""
+
+CHANGED_EPOCHS = 5
+"""Epochs over which `stability` looks for another likeliest operation."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Snapshot:
     genotype: Genotype
     probabilities: dict[str, Tensor]
     """By table of choices, (rows, options)."""
+    eigenvalue: float | None = None
+    """What `eigenvalue` was, if measured."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,13 @@ class View:
     """What is known of the epoch already."""
     gates: Callable[[], Gates]
     """Gates differentiable in the logits, the same draw at each call."""
-    batches: Callable[[Part, int], Iterator[Batch]]
-    """Images without augmentation in one order for all epochs, by part and batch size."""
+    batches: Callable[[Part, int, int], Iterator[Batch]]
+    """Images without augmentation in one order for all epochs, by part, batch size and most batches.
+
+    All batches are equally large: smaller than asked for where the part has too few images."""
     seed: int
-    before: Snapshot | None = None
-    """The epoch before in the same stage."""
+    history: dict[int, Snapshot] = field(default_factory=dict)
+    """The epochs before in the same stage, by number from 0."""
 
     @property
     def relaxed(self) -> bool:
@@ -80,6 +90,11 @@ class Measure:
     when: Literal["always", "every", "last"] = "always"
     """After each epoch; after every so many (`Trial.measure_every`), since it runs the supernet; or once,
     after the last epoch of a stage, since it takes longer than an epoch."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs the supernet, which may give no number: a column says what became of it."""
+        return self.when != "always"
 
 
 # --- descriptors of the architecture parameters and of the genotype -----------------------------------------
@@ -157,6 +172,51 @@ def operations(view: View) -> Values:
     return found
 
 
+def cells(view: View) -> Values:
+    """What the cells of the genotype are made of: edges without weights, and pixels that a path sees."""
+    found: Values = {}
+    genotype = view.genotype.canonical()
+    for cell in CELL_TYPES:
+        nodes = getattr(genotype, cell).nodes
+        free = sum(op in PARAMETER_FREE for inputs in nodes for op, _ in inputs)
+        found |= {f"parameter_free_{cell}": float(free), f"receptive_field_{cell}": receptive_field(nodes)}
+    return found
+
+
+PARAMETER_FREE = ("skip_connect", "max_pool_3x3", "avg_pool_3x3", "noise")
+
+EXTENTS = {
+    "skip_connect": 1,
+    "noise": 0,
+    "max_pool_3x3": 3,
+    "avg_pool_3x3": 3,
+    "max_pool_3x3_bn": 3,
+    "sep_conv_3x3": 5,
+    "sep_conv_5x5": 9,
+    "sep_conv_7x7": 13,
+    "dil_conv_3x3": 5,
+    "dil_conv_5x5": 9,
+    "conv_7x1_1x7": 7,
+    "conv_1x3_3x1": 3,
+}
+"""Side of what one pixel of an operation's output sees of its input at stride 1; the separable convolutions
+without dilation are two in a row."""
+
+
+def receptive_field(nodes: Sequence[Sequence[tuple[str, int]]]) -> float:
+    """Sum of the extents of the operations along the longest path of a cell; of equally long the most."""
+    longest = {0: (0, 0), 1: (0, 0)}  # edges, and the sum of their extents
+    for node, inputs in enumerate(nodes, start=2):
+        paths = [
+            (longest[source][0] + 1, longest[source][1] + EXTENTS[op])
+            for op, source in inputs
+            if op != "none" and source in longest
+        ]
+        if paths:
+            longest[node] = max(paths)
+    return float(max(longest.values())[1])
+
+
 def gaps(view: View) -> Values:
     """How much better the supernet is on what its weights learn from than on held-out images."""
 
@@ -168,38 +228,61 @@ def gaps(view: View) -> Values:
 
 
 def stability(view: View) -> Values:
-    """What has changed since the epoch before; None after the first of a stage."""
+    """What has changed since the epoch before, in the last epochs and since the first; None without these."""
     names = ("stability_tau", "stability_top", "stability_hamming", "stability_jaccard")
-    if view.before is None:
-        return dict.fromkeys(names)
-    taus, kept = [], []
-    for name, now in view.state.arch.probabilities().items():
-        if name.endswith("/op"):
-            rows = zip(now.tolist(), view.before.probabilities[name].tolist(), strict=True)
-            for (new, old), allowed in zip(rows, view.state.arch.choices[name].allowed, strict=True):
-                if len(allowed) > 1:
-                    ours, theirs = [new[o] for o in allowed], [old[o] for o in allowed]
-                    kept.append(float(ours.index(max(ours)) == theirs.index(max(theirs))))
-                    taus.append(rank_tau(ours, theirs))
-    one, other = view.genotype, view.before.genotype
-    values = (
-        _mean([tau for tau in taus if tau is not None]),
-        _mean(kept),
-        hamming(one, other),
-        jaccard(one, other),
-    )
-    return dict(zip(names, values, strict=True))
+    now, arch = max(view.history, default=-1) + 1, view.state.arch
+    present = {name: p for name, p in arch.probabilities().items() if name.endswith("/op")}
+    first, before = view.history.get(0), view.history.get(now - 1)
+    recent = [view.history.get(now - back) for back in range(1, CHANGED_EPOCHS + 1)]
+    found: Values = dict.fromkeys((*names, "stability_changed_5", "alpha_entropy_drop"))
+    if before is not None:
+        taus, kept = [], []
+        for ours, theirs in _pairs(arch, present, before.probabilities):
+            kept.append(float(_top(ours) == _top(theirs)))
+            taus.append(rank_tau(ours, theirs))
+        one, other = view.genotype, before.genotype
+        known = [tau for tau in taus if tau is not None]
+        values = (_mean(known), _mean(kept), hamming(one, other), jaccard(one, other))
+        found |= dict(zip(names, values, strict=True))
+    if all(snapshot is not None for snapshot in recent):
+        changes = [
+            [_top(ours) != _top(theirs) for ours, theirs in _pairs(arch, present, snapshot.probabilities)]
+            for snapshot in recent
+            if snapshot is not None
+        ]
+        found["stability_changed_5"] = _mean([float(any(edge)) for edge in zip(*changes, strict=True)])
+    if first is not None:
+        drops = [
+            entropy(theirs) - entropy(ours) for ours, theirs in _pairs(arch, present, first.probabilities)
+        ]
+        found["alpha_entropy_drop"] = _mean(drops)
+    return found
+
+
+def _pairs(
+    arch: Arch, present: dict[str, Tensor], other: dict[str, Tensor]
+) -> Iterator[tuple[list[float], list[float]]]:
+    """Probabilities of each edge that has something to decide, `present` and `other`."""
+    for name, now in present.items():
+        rows = zip(now.tolist(), other[name].tolist(), arch.choices[name].allowed, strict=True)
+        for new, old, allowed in rows:
+            if len(allowed) > 1:
+                yield [new[o] for o in allowed], [old[o] for o in allowed]
+
+
+def _top(p: list[float]) -> int:
+    return p.index(max(p))
 
 
 # --- derivatives in alpha -----------------------------------------------------------------------------------
 
 
 @contextmanager
-def _clean(view: View) -> Iterator[Callable[[Batch], Tensor]]:
-    """Context with the loss of a batch as a function of the logits alone: the same draws at every call.
+def _clean(view: View, learning: Sequence[Tensor] = ()) -> Iterator[Callable[[Batch], Tensor]]:
+    """Context with the loss of a batch as a function of the logits, and of the weights `learning`.
 
-    With the batch's statistics, nothing dropped, and every activation kept; afterwards the supernet is as
-    before.
+    The same draws at every call, with the batch's statistics, nothing dropped, and every activation kept;
+    afterwards the supernet is as before.
     """
     supernet = view.state.supernet
     device = supernet.head.weight.device
@@ -214,7 +297,8 @@ def _clean(view: View) -> Iterator[Callable[[Batch], Tensor]]:
     supernet.checkpoint_cells = False
     supernet.train()
     try:
-        with frozen(supernet.parameters()), without_statistics(supernet):
+        free = set(map(id, learning))
+        with frozen(p for p in supernet.parameters() if id(p) not in free), without_statistics(supernet):
             yield loss
     finally:
         supernet.noise, supernet.checkpoint_cells = noise, checkpoint
@@ -233,7 +317,7 @@ def _alpha(arch: Arch) -> tuple[list[Tensor], Tensor]:
     return [arch.logits[name] for name in names], kept
 
 
-def hessians(view: View, batches: int, size: int = CURVATURE_BATCH) -> Iterator[Hessian]:
+def hessians(view: View, batches: int) -> Iterator[Hessian]:
     """The Hessian in alpha of the loss of each of some held-out batches, one at a time.
 
     Of the bare loss, without weight decay, and with the weights as they are: no look-ahead step, whatever the
@@ -241,7 +325,7 @@ def hessians(view: View, batches: int, size: int = CURVATURE_BATCH) -> Iterator[
     """
     logits, kept = _alpha(view.state.arch)
     with _clean(view) as loss:
-        for batch in islice(view.batches("held_out", size), batches):
+        for batch in view.batches("held_out", CURVATURE_BATCH, batches):
             yield Hessian(loss(batch), logits, kept)
 
 
@@ -260,11 +344,13 @@ def largest_eigenvalues(view: View, batches: int) -> list[float]:
 
 def eigenvalue(view: View) -> Values:
     """Dominant eigenvalue of the Hessian in alpha; None where gates are hard."""
-    names = ("eigenvalue", "eigenvalue_low", "eigenvalue_high")
+    names = ("eigenvalue", "eigenvalue_low", "eigenvalue_high", "eigenvalue_ratio")
     if not view.relaxed:
         return dict.fromkeys(names)
     values = largest_eigenvalues(view, CURVATURE_BATCHES)
-    return dict(zip(names, (_mean(values), *interval(values)), strict=True))
+    mean, at_first = _mean(values), view.history[0].eigenvalue if 0 in view.history else None
+    ratio = mean / at_first if mean is not None and at_first is not None and at_first > 0 else None
+    return dict(zip(names, (mean, *interval(values), ratio), strict=True))
 
 
 HESSIAN_COLUMNS = (
@@ -272,8 +358,12 @@ HESSIAN_COLUMNS = (
     "hessian_low",
     "hessian_high",
     "hessian_modulus",
-    "hessian_smallest",
+    "hessian_modulus_low",
+    "hessian_modulus_high",
     "hessian_trace",
+    "hessian_trace_low",
+    "hessian_trace_high",
+    "hessian_smallest",
     "hessian_asymmetry",
     *(f"hessian_q{round(100 * q):02}" for q in QUANTILES),
 )
@@ -285,14 +375,12 @@ def hessian(view: View) -> Values:
         return dict.fromkeys(HESSIAN_COLUMNS)
     draws = generator(view.seed, "measure", "hessian")
     found = [spectrum(one, draws) for one in hessians(view, CURVATURE_BATCHES)]
-    largest = [one.largest for one in found]
+    largest, trace = [one.largest for one in found], [one.trace for one in found]
+    modulus = [abs(one.dominant) for one in found]  # signs may differ: what is meant is how curved it is
     inner = [one.quantiles for one in found if one.quantiles is not None]
     values = (
-        _mean(largest),
-        *interval(largest),
-        _mean([one.dominant for one in found]),
+        *(number for each in (largest, modulus, trace) for number in (_mean(each), *interval(each))),
         _mean([one.smallest for one in found]),
-        _mean([one.trace for one in found]),
         _mean([one.asymmetry for one in found if one.asymmetry is not None]),
         *(_mean([one[i] for one in inner]) for i in range(len(QUANTILES))),
     )
@@ -310,7 +398,7 @@ def alignment(view: View) -> Values:
         for part in ("held_out", "weights"):
             total = torch.zeros(len(kept), dtype=torch.float64, device=kept.device)
             count = 0
-            for batch in islice(view.batches(part, CURVATURE_BATCH), CURVATURE_BATCHES):
+            for batch in view.batches(part, CURVATURE_BATCH, CURVATURE_BATCHES):
                 found = torch.autograd.grad(loss(batch), logits, allow_unused=True, materialize_grads=True)
                 total += torch.cat([slope.flatten() for slope in found])[kept]
                 count += 1
@@ -319,6 +407,38 @@ def alignment(view: View) -> Values:
     norms = float(held_out.norm() * weights.norm())
     cosine = float(held_out @ weights) / norms if norms else None
     return dict(zip(names, (cosine, float(held_out.norm()), float(held_out.abs().max())), strict=True))
+
+
+# --- derivatives in the weights -----------------------------------------------------------------------------
+
+
+def gradients(view: View) -> Values:
+    """Norm of the gradient in the weights of each operation over the root of their number.
+
+    Of the loss of weight images; where gates are hard, under one draw of them. None of an operation that has
+    no weights in this supernet, as a skip that never strides.
+    """
+    supernet = view.state.supernet
+    found: Values = dict.fromkeys(f"gradient_{op}" for op in WEIGHTED_OPS if op in supernet.space.ops)
+    weights = {name: p for name, p in supernet.named_parameters() if ".weighted." in name}
+    totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in weights.items()}
+    count = 0
+    with _clean(view, list(weights.values())) as loss:
+        for batch in view.batches("weights", CURVATURE_BATCH, CURVATURE_BATCHES):
+            slopes = torch.autograd.grad(
+                loss(batch), list(weights.values()), allow_unused=True, materialize_grads=True
+            )
+            for name, slope in zip(weights, slopes, strict=True):
+                totals[name] += slope
+            count += 1
+    for op in WEIGHTED_OPS:
+        own = [total.flatten() for name, total in totals.items() if f".weighted.{op}." in name]
+        if own and count:
+            found[f"gradient_{op}"] = float(torch.cat(own).square().mean().sqrt()) / count
+    return found
+
+
+WEIGHTED_OPS = ("skip_connect", *CONV_OPS)
 
 
 # --- perturbation -------------------------------------------------------------------------------------------
@@ -334,11 +454,9 @@ def perturbation(view: View) -> Values:
     if not view.relaxed:
         return dict.fromkeys(names)
     gates, state = detached(view.gates()), view.state
-    batches: list[Batch] = []
-    for batch in view.batches("held_out", PERTURBATION_BATCH):
-        if sum(len(labels) for _, labels in batches) + len(batch[1]) > PERTURBATION_IMAGES:
-            break
-        batches.append(batch)
+    likely = state.arch.probabilities()  # gates are of one draw
+    most = PERTURBATION_IMAGES // PERTURBATION_BATCH
+    batches = list(view.batches("held_out", PERTURBATION_BATCH, most))
     _, whole = supernet_quality(state, gates, batches)
     drops, agreed = [], []
     for name, gate in gates.items():
@@ -358,7 +476,8 @@ def perturbation(view: View) -> Values:
                 hurt[option] = (error, loss)
             chosen = max(options, key=lambda option: hurt[option])
             drops.append(hurt[chosen][0] - whole)
-            agreed.append(float(chosen == max(options, key=lambda option: float(gate.weights[row, option]))))
+            p = likely[name][row].tolist()
+            agreed.append(float(chosen == max(options, key=lambda option: p[option])))
     return dict(zip(names, (_mean(drops), _mean(agreed)), strict=True))
 
 
@@ -404,6 +523,25 @@ MEASURES: dict[str, Measure] = {
         },
         operations,
     ),
+    "cells": Measure(
+        {
+            **{
+                f"parameter_free_{cell}": Metric(
+                    "count", "neither", f"skips, pools and noise in the {cell} cell; a skip may stride"
+                )
+                for cell in CELL_TYPES
+            },
+            **{
+                f"receptive_field_{cell}": Metric(
+                    "pixels",
+                    "neither",
+                    f"sum of the extents of operations along the longest path, {cell} cell",
+                )
+                for cell in CELL_TYPES
+            },
+        },
+        cells,
+    ),
     "gaps": Measure(
         {
             "gap_error": Metric("fraction", "lower", "held-out error minus training error of the supernet"),
@@ -423,6 +561,12 @@ MEASURES: dict[str, Measure] = {
                 "fraction", "lower", "edges of the genotype new since the epoch before"
             ),
             "stability_jaccard": Metric("fraction", "higher", "edges shared with the epoch before, over all"),
+            "stability_changed_5": Metric(
+                "fraction", "lower", "edges whose likeliest operation changed in the last 5 epochs"
+            ),
+            "alpha_entropy_drop": Metric(
+                "fraction", "neither", "normalised entropy of operations at the stage's first epoch minus now"
+            ),
         },
         stability,
     ),
@@ -442,6 +586,9 @@ MEASURES: dict[str, Measure] = {
             "eigenvalue": Metric("nats", "lower", f"largest eigenvalue of the {_CURVATURE}; by Lanczos"),
             "eigenvalue_low": Metric("nats", "neither", f"lower {_INTERVAL}"),
             "eigenvalue_high": Metric("nats", "neither", f"upper {_INTERVAL}"),
+            "eigenvalue_ratio": Metric(
+                "1", "lower", "that eigenvalue over what it was after the stage's first epoch, if above 0"
+            ),
         },
         eigenvalue,
         when="every",
@@ -451,9 +598,13 @@ MEASURES: dict[str, Measure] = {
             "hessian": Metric("nats", "lower", f"largest eigenvalue of the {_CURVATURE}"),
             "hessian_low": Metric("nats", "neither", f"lower {_INTERVAL}"),
             "hessian_high": Metric("nats", "neither", f"upper {_INTERVAL}"),
-            "hessian_modulus": Metric("nats", "neither", "its eigenvalue of largest modulus, with its sign"),
-            "hessian_smallest": Metric("nats", "neither", "its smallest eigenvalue"),
+            "hessian_modulus": Metric("nats", "lower", "modulus of its eigenvalue of largest modulus"),
+            "hessian_modulus_low": Metric("nats", "neither", f"lower {_INTERVAL}"),
+            "hessian_modulus_high": Metric("nats", "neither", f"upper {_INTERVAL}"),
             "hessian_trace": Metric("nats", "neither", "its trace"),
+            "hessian_trace_low": Metric("nats", "neither", f"lower {_INTERVAL}"),
+            "hessian_trace_high": Metric("nats", "neither", f"upper {_INTERVAL}"),
+            "hessian_smallest": Metric("nats", "neither", "its smallest eigenvalue"),
             "hessian_asymmetry": Metric("1", "lower", "part of it that rounding makes asymmetric"),
             **{
                 f"hessian_q{round(100 * q):02}": Metric(
@@ -464,6 +615,19 @@ MEASURES: dict[str, Measure] = {
         },
         hessian,
         when="last",
+    ),
+    "gradients": Measure(
+        {
+            f"gradient_{op}": Metric(
+                "nats",
+                "neither",
+                f"norm of the gradient in the weights of {op} over the root of their number, of the loss on "
+                f"{CURVATURE_BATCHES} batches of {CURVATURE_BATCH} weight images",
+            )
+            for op in WEIGHTED_OPS
+        },
+        gradients,
+        when="every",
     ),
     "perturbation": Measure(
         {
@@ -484,7 +648,7 @@ MEASURES: dict[str, Measure] = {
 """What `Trial.measure` may name, besides proxies and groups."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "descriptors": ("alphas", "betas", "operations", "gaps", "stability"),
+    "descriptors": ("alphas", "betas", "operations", "cells", "gaps", "stability"),
     "proxies": tuple(PROXIES),
 }
 """Names that stand for several."""
@@ -519,15 +683,63 @@ def measured(names: Sequence[str], view: View, *, every: bool, last: bool) -> Va
         measure = MEASURES.get(name)
         if measure is not None and measure.when in due:
             started = time.perf_counter()
-            found |= measure.compute(view)
+            try:
+                values, status = _known(measure.compute(view))
+            except torch.OutOfMemoryError as error:  # one measure less is no reason to lose the trial
+                _logger.warning("measure %s ran out of memory: %s", name, " ".join(str(error).split())[:200])
+                values, status = dict.fromkeys(measure.columns), "error"
+            found |= values
             found[f"{name}_seconds"] = time.perf_counter() - started
+            if measure.runs:
+                found[f"{name}_status"] = float(STATUSES.index(status))
     return found
+
+
+def _known(values: Values) -> tuple[Values, str]:
+    """`values`, none of which stands where one is not finite, and what became of them."""
+    numbers = [value for value in values.values() if value is not None]
+    if all(map(math.isfinite, numbers)):
+        return values, "ok"
+    return dict.fromkeys(values), "nan" if any(map(math.isnan, numbers)) else "inf"
 
 
 def columns_of(names: Sequence[str]) -> tuple[str, ...]:
     """Columns that `measured` may give for `names`."""
     chosen = [name for name in spelled_out(names) if name in MEASURES]
-    return tuple(column for name in chosen for column in (*MEASURES[name].columns, f"{name}_seconds"))
+    return tuple(column for name in chosen for column in _columns(name))
+
+
+def _columns(name: str) -> dict[str, Metric]:
+    """All that a measure gives."""
+    measure = MEASURES[name]
+    told = {**measure.columns, f"{name}_seconds": Metric("s", "lower", f"wall time of measuring {name}")}
+    if measure.runs:
+        told[f"{name}_status"] = Metric("code", "lower", _CODES)
+    return told
+
+
+_CODES = ", ".join(f"{number} {status}" for number, status in enumerate(STATUSES))
+
+
+def proxy_columns(names: Sequence[str]) -> dict[str, Metric | Proxy]:
+    """Columns of the proxies among `names`, and of the baselines that come with any."""
+    chosen, told = set(spelled_out(names)) & set(PROXIES), dict[str, Metric | Proxy]()
+    for name, proxy in PROXIES.items():
+        if name in chosen or (chosen and name in BASELINES):
+            told[f"proxy_{name}"] = proxy
+            told[f"proxy_{name}_sd"] = Metric(proxy.unit, "neither", "its deviation over runs")
+            told[f"proxy_{name}_seconds"] = Metric("s", "lower", f"wall time of measuring {name}")
+            told[f"proxy_{name}_status"] = Metric("code", "lower", _CODES)
+    return told
+
+
+STOP_COLUMNS: dict[str, Metric] = {
+    "stop_eigenvalue": Metric("nats", "lower", "largest eigenvalue that the method's stop looks at"),
+    "stop_epoch": Metric("epochs", "neither", "epoch of the stage after which the stop ended it"),
+    "stop_back_to": Metric("epochs", "neither", "epoch of the stage whose architecture was taken instead"),
+    "stop_seconds": Metric("s", "lower", "wall time of that eigenvalue; part of the epoch's seconds"),
+}
+"""What a search whose method may stop early records besides."""
 
 
 def seconds_of(values: Values) -> float:
@@ -535,25 +747,18 @@ def seconds_of(values: Values) -> float:
     return math.fsum(values.get(f"{name}_seconds") or 0.0 for name in MEASURES)
 
 
-def catalogue(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Unit, direction and meaning of what is recorded of a search when `names` are measured, by column.
+def catalogue(names: Sequence[str], *, stops: bool = False) -> dict[str, dict[str, str]]:
+    """Unit, direction and meaning of what is recorded of a trial when `names` are measured, by column.
 
-    Columns are those of an epoch's row, which a trial's result repeats as `search_<column>`, and those of
-    proxies. For study.json, so that a reader of records needs no code to know them.
+    Columns are those of an epoch's row, of which a trial's result repeats some as `search_<column>`, and
+    those of the result alone. `stops`: whether the method may stop early. For study.json, so that a reader of
+    records needs no code to know them.
     """
-    chosen = spelled_out(names)
-    codes = ", ".join(f"{number} {status}" for number, status in enumerate(STATUSES))
-    told: dict[str, Metric | Proxy] = dict(METRICS)
-    for name in chosen:
+    told: dict[str, Metric | Proxy] = {**METRICS, **(STOP_COLUMNS if stops else {})}
+    for name in spelled_out(names):
         if name in MEASURES:
-            told |= MEASURES[name].columns
-            told[f"{name}_seconds"] = Metric("s", "lower", f"wall time of measuring {name}")
-    for name in PROXIES:
-        if name in chosen or (name in BASELINES and set(chosen) & set(PROXIES)):
-            told[f"proxy_{name}"] = PROXIES[name]
-            told[f"proxy_{name}_sd"] = Metric(PROXIES[name].unit, "neither", "its deviation over runs")
-            told[f"proxy_{name}_seconds"] = Metric("s", "lower", f"wall time of measuring {name}")
-            told[f"proxy_{name}_status"] = Metric("code", "lower", codes)
+            told |= _columns(name)
+    told |= proxy_columns(names) | FINAL
     return {
         column: {"unit": one.unit, "better": one.better, "meaning": one.meaning}
         for column, one in told.items()

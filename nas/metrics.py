@@ -117,17 +117,33 @@ METRICS: dict[str, Metric] = {
     "discretisation_gap": Metric(
         "fraction",
         "lower",
-        "supernet's error with one-hot gates minus its error with its own, at the end of the search",
+        "supernet's error with one-hot gates minus its error with its own, at the end of the search; none "
+        "after going back to an earlier epoch, whose weights are gone",
+    ),
+    "discretisation_gap_seconds": Metric(
+        "s", "lower", "wall time of measuring the discretisation gap; part of the epoch's seconds"
     ),
     "saved_mb": Metric(
         "MB", "lower", "what one training step of the supernet keeps for its backward pass; exact, by stage"
     ),
-    "seconds": Metric("s", "lower", "wall time of the epoch, evaluation included"),
+    "seconds": Metric(
+        "s", "lower", "wall time of the epoch, evaluation included, what is measured by name left out"
+    ),
     "peak_memory_mb": Metric(
         "MB", "lower", "peak memory of the stage so far: the device's, or the process's on a CPU"
     ),
 }
 """What every search epoch records, in order; the discretisation gap comes once, at the end."""
+
+FINAL: dict[str, Metric] = {
+    "test_error": Metric("fraction", "lower", "error of the retrained network on the test part, read once"),
+    "test_loss": Metric("nats", "lower", "loss of the retrained network on the test part"),
+    "search_seconds": Metric("s", "lower", "wall time of the search without what is measured by name"),
+    "retrain_seconds": Metric("s", "lower", "wall time of the retraining"),
+    "lr": Metric("1", "neither", "learning rate of a retraining epoch"),
+    "drop_path": Metric("fraction", "neither", "probability of dropping a path in a retraining epoch"),
+}
+"""What the retraining and the whole trial record, besides what a search does."""
 
 
 def describe(probe: Probe) -> dict[str, float | None]:
@@ -173,11 +189,13 @@ def supernet_quality(state: SearchState, gates: Gates, batches: Iterable[Batch])
     noise, seed = state.supernet.noise, state.draws.initial_seed()
     draws = generator(seed, "noise", device=state.supernet.head.weight.device)
     state.supernet.noise = type(noise)(draws)
-    with torch.no_grad(), without_statistics(state.supernet):
-        for images, labels in batches:
-            logits = state.supernet(images, gates)
-            average.add(F.cross_entropy(logits, labels), logits, labels)
-    state.supernet.noise = noise
+    try:
+        with torch.no_grad(), without_statistics(state.supernet):
+            for images, labels in batches:
+                logits = state.supernet(images, gates)
+                average.add(F.cross_entropy(logits, labels), logits, labels)
+    finally:
+        state.supernet.noise = noise
     return average.read()
 
 

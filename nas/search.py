@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,24 @@ from torch import Tensor, nn
 
 from nas.config import ABOVE_ZERO, check_range
 from nas.data import Augment, Data
+from nas.data import Part as DataPart
 from nas.execution import Compile, compile_cells, uncompiled
 from nas.gates import Gates
 from nas.genotype import Genotype
-from nas.measures import Part, Snapshot, View, largest_eigenvalues, measured, seconds_of, spelled_out
+from nas.measures import (
+    STOP_COLUMNS,
+    Part,
+    Snapshot,
+    View,
+    largest_eigenvalues,
+    measured,
+    seconds_of,
+    spelled_out,
+)
 from nas.measures import Values as Values  # of this module, too
 from nas.methods import Method
 from nas.metrics import (
+    METRICS,
     Average,
     Probe,
     describe,
@@ -100,6 +111,34 @@ Price = Callable[[Genotype], Values]
 """Parameters and multiply-adds of a genotype at retraining size."""
 
 
+class Watched(NamedTuple):
+    """What the method's `stop` has seen of an epoch."""
+
+    eigenvalue: float
+    probabilities: dict[str, Tensor]
+    metrics: Values
+    """Of the epoch's row, to report if the search goes back to it."""
+
+
+def equal_batches(
+    data: Data, part: DataPart, size: int, most: int, order: torch.Generator
+) -> Iterator[Batch]:
+    """At most `most` batches of equally many images, so that a mean over them favours none.
+
+    Of `size` images, or where the part has too few for that many batches, of as many as it has for each.
+    Nothing of a part of one image: batch norm needs two.
+    """
+    images = data.size(part)
+    count = max(1, min(most, -(-images // size)))
+    size = min(size, images // count)
+    if size < 2:
+        return
+    for number, (x, y) in enumerate(data.batches(part, size, order=order), start=1):
+        yield x[:size], y[:size]  # the last batch that is served may hold one more
+        if number == count:
+            return
+
+
 class SearchRun:
     """A search in progress: everything a checkpoint holds. One `step` is one epoch of the current stage.
 
@@ -133,10 +172,12 @@ class SearchRun:
         """Activations that a training step of the current stage keeps, in MB."""
         self.peak = 0.0
         """Peak memory of the current stage so far, in MB."""
-        self.before: Snapshot | None = None
-        """The epoch before in the current stage, where `stability` is measured."""
-        self.watched: list[tuple[float, dict[str, Tensor]]] = []
-        """What the method's `stop` has seen of the current stage: eigenvalues and the probabilities then."""
+        self.history: dict[int, Snapshot] = {}
+        """Epochs before in the current stage by number, where `stability` or `eigenvalue` is measured."""
+        self.watched: list[Watched] = []
+        """What the method's `stop` has seen of the current stage."""
+        self.went_back: Values | None = None
+        """Metrics of the epoch that the last stage went back to, once the search is done."""
         if stages:
             self.state = self._new_state()
         else:
@@ -227,6 +268,8 @@ class SearchRun:
             if self.measure:
                 metrics |= self._measured_by_name(state, genotype, metrics, last=last)
                 reset_peak_memory(self.device)
+            if self._watching:
+                self.watched[-1].metrics.update(metrics)
             self.epoch += 1
             if last:
                 self._end_stage(state, probabilities, genotype, metrics)
@@ -234,24 +277,34 @@ class SearchRun:
         metrics["peak_memory_mb"] = peak
         return metrics, genotype
 
+    @property
+    def _watching(self) -> bool:
+        """Whether the method's `stop` looks at the current epoch."""
+        return self.method.stop is not None and self.epoch % self.method.stop.every == 0
+
     def _watch(self, state: SearchState) -> tuple[dict[str, Tensor], Values]:
         """What the stage has learned, which is that of an earlier epoch where the method's `stop` goes back.
 
-        And the columns of the rule, where there is one.
+        And the columns of the rule, where there is one. The eigenvalue is measured after the last epoch of a
+        stage too, which the rule has no use for.
         """
         probabilities, stop = state.arch.probabilities(), self.method.stop
         if stop is None:
             return probabilities, {}
-        columns: Values = dict.fromkeys(("stop_eigenvalue", "stop_epoch", "stop_back_to"))
-        if self.epoch % stop.every == 0:
+        columns: Values = dict.fromkeys(STOP_COLUMNS)
+        if self._watching or self.epoch + 1 == self.stage.epochs:
+            started = time.perf_counter()
             genotype = self._derive(probabilities)
             values = largest_eigenvalues(self._view(state, genotype, {}), stop.batches)
-            value = columns["stop_eigenvalue"] = math.fsum(values) / len(values)
-            self.watched.append((value, {name: p.detach() for name, p in probabilities.items()}))
-            back = stop.back_to([value for value, _ in self.watched])
+            value = math.fsum(values) / len(values)
+            columns["stop_eigenvalue"] = value if math.isfinite(value) else None
+            columns["stop_seconds"] = time.perf_counter() - started
+        if self._watching:
+            self.watched.append(Watched(value, {name: p.detach() for name, p in probabilities.items()}, {}))
+            back = stop.back_to([one.eigenvalue for one in self.watched])
             if back is not None:
                 columns |= {"stop_epoch": float(self.epoch), "stop_back_to": float(back)}
-                probabilities = self.watched[back // stop.every][1]
+                probabilities = self.watched[back // stop.every].probabilities
         return probabilities, columns
 
     def _measured_by_name(
@@ -260,10 +313,18 @@ class SearchRun:
         """What `measure` asks for after this epoch."""
         every = self.epoch % self.measure_every == 0
         found = measured(self.measure, self._view(state, genotype, metrics), every=every, last=last)
-        if "stability" in spelled_out(self.measure):
+        if {"stability", "eigenvalue"} & set(spelled_out(self.measure)):
             now = {name: p.detach() for name, p in state.arch.probabilities().items()}
-            self.before = Snapshot(genotype, now)
+            self.history[self.epoch] = Snapshot(genotype, now, found.get("eigenvalue"))
         return found
+
+    def measured_now(self, names: tuple[str, ...]) -> Values:
+        """All columns of `names` as the current stage stands, due or not: for what they take."""
+        assert self.state is not None
+        genotype = self._derive(self.state.arch.probabilities())
+        metrics: Values = dict.fromkeys(METRICS)
+        with uncompiled(self.stage.compile):
+            return measured(names, self._view(self.state, genotype, metrics), every=True, last=True)
 
     def _view(self, state: SearchState, genotype: Genotype, metrics: Values) -> View:
         name = ("gates", "evaluation", self.part, self.epoch)
@@ -272,14 +333,12 @@ class SearchRun:
         def gates() -> Gates:
             return state.sampler.sample(state.arch, state.progress, generator(self.seed, *name))[0]
 
-        def batches(part: Part, size: int) -> Iterator[Batch]:
+        def batches(part: Part, size: int, most: int) -> Iterator[Batch]:
             # In an order of its own: stored images may lie class by class.
             order = generator(self.seed, "order", "measure", part)
-            for batch in self.data.batches(held_out if part == "held_out" else part, size, order=order):
-                if len(batch[1]) > 1:  # batch norm needs two
-                    yield batch
+            return equal_batches(self.data, held_out if part == "held_out" else part, size, most, order)
 
-        return View(state, genotype, metrics, gates, batches, self.seed, self.before)
+        return View(state, genotype, metrics, gates, batches, self.seed, self.history)
 
     def _measured(
         self, state: SearchState, probabilities: dict[str, Tensor], train_loss: float, train_error: float
@@ -335,7 +394,11 @@ class SearchRun:
     def _end_stage(
         self, state: SearchState, probabilities: dict[str, Tensor], genotype: Genotype, metrics: Values
     ) -> None:
-        self.before, self.watched = None, []
+        back = metrics.get("stop_back_to")
+        if back is not None:
+            assert self.method.stop is not None
+            went_back = self.watched[int(back) // self.method.stop.every].metrics
+        self.history, self.watched = {}, []
         if self.part + 1 < len(self.stages):
             keep = self.stage.keep
             if keep is not None:
@@ -346,11 +409,24 @@ class SearchRun:
             self.epoch = 0
             self.state = self._new_state()
             return
-        _, derived_error = supernet_quality(state, one_hot_gates(state, genotype), self._valid_batches())
-        assert metrics["valid_error"] is not None
-        metrics["discretisation_gap"] = derived_error - metrics["valid_error"]
+        metrics |= {"discretisation_gap": None, "discretisation_gap_seconds": None}
+        if back is None:
+            metrics |= self._discretisation_gap(state, genotype, metrics)
+        else:
+            # What only the last epoch has is none of the architecture that was taken; the rule's is.
+            self.went_back = dict.fromkeys(metrics) | went_back
+            self.went_back |= {name: metrics[name] for name in ("stop_epoch", "stop_back_to")}
         self.genotype = genotype
         self.state = None  # the supernet is not needed any more
+
+    def _discretisation_gap(self, state: SearchState, genotype: Genotype, metrics: Values) -> Values:
+        started = time.perf_counter()
+        _, derived_error = supernet_quality(state, one_hot_gates(state, genotype), self._valid_batches())
+        assert metrics["valid_error"] is not None
+        return {
+            "discretisation_gap": derived_error - metrics["valid_error"],
+            "discretisation_gap_seconds": time.perf_counter() - started,
+        }
 
     def _derive(self, probabilities: dict[str, Tensor]) -> Genotype:
         draws = random.Random(stream_seed(self.seed, "genotype"))
@@ -389,13 +465,13 @@ class SearchRun:
             "genotype": str(self.genotype) if self.genotype else None,
             "allowed": {name: [list(row) for row in table.allowed] for name, table in self.choices.items()},
         }
-        if self.before is not None:
-            held["before"] = {
-                "genotype": str(self.before.genotype),
-                "probabilities": self.before.probabilities,
+        if self.history:
+            held["history"] = {
+                epoch: (str(one.genotype), one.probabilities, one.eigenvalue)
+                for epoch, one in self.history.items()
             }
         if self.watched:
-            held["watched"] = list(self.watched)
+            held["watched"] = [tuple(one) for one in self.watched]
         if self.state is not None:
             assert self.state.arch_optimizer is not None
             held["supernet"] = self.state.supernet.state_dict()
@@ -412,11 +488,17 @@ class SearchRun:
             name: table.keep(tuple(tuple(row) for row in held["allowed"][name]))
             for name, table in self.choices.items()
         }
-        before = held.get("before")
-        self.before = (
-            Snapshot(Genotype.parse(before["genotype"]), before["probabilities"]) if before else None
-        )
-        self.watched = list(held.get("watched", ()))
+        snapshots = dict(held.get("history", {}))
+        if "before" in held:  # as checkpoints had it that knew the last epoch alone
+            snapshots[self.epoch - 1] = (held["before"]["genotype"], held["before"]["probabilities"])
+        self.history = {
+            epoch: Snapshot(Genotype.parse(genotype), *rest) for epoch, (genotype, *rest) in snapshots.items()
+        }
+        # Checkpoints of before have no metrics of what was watched.
+        self.watched = [
+            Watched(value, probabilities, metrics[0] if metrics else {})
+            for value, probabilities, *metrics in held.get("watched", ())
+        ]
         self.state = None
         if "supernet" not in held:
             return

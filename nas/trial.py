@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -18,12 +17,12 @@ from nas.config import check_range, from_dict, to_dict
 from nas.costs import network_cost
 from nas.data import Arrays, Data, DataConfig, load
 from nas.genotype import Genotype
-from nas.measures import catalogue, check_measures, columns_of, spelled_out
+from nas.measures import check_measures, columns_of, proxy_columns, spelled_out
 from nas.methods import METHODS, Method
 from nas.network import Network
 from nas.proxies import BATCH_SIZE, BATCHES, PROXIES, evaluate
 from nas.retrain import RetrainRun, RetrainStage, check_device, check_retrain
-from nas.search import SearchRun, SearchStage, Values, check_search
+from nas.search import SearchRun, SearchStage, Values, check_search, equal_batches
 from nas.spaces.cell import CellSpace
 from nas.streams import generator, seeded
 
@@ -190,10 +189,15 @@ class TrialRun:
             ended = self.search.done or self.search.part != part
             row = self._row("search", part, metrics, genotype, ended=ended)
             if self.search.done:
+                if self.search.went_back is not None:
+                    self.last["search"] = {
+                        **self.search.went_back,
+                        "peak_memory_mb": metrics["peak_memory_mb"],
+                    }
                 self._end_search()
             return row
         if not self.epochs["retrain"]:
-            self.proxies = self._proxies(self.retrain.genotype)
+            self.proxies = self.scored(self.retrain.genotype, self.trial.measure)
         metrics = self.retrain.step()
         row = self._row("retrain", 0, metrics, None, ended=self.retrain.done)
         if self.retrain.done:
@@ -215,7 +219,7 @@ class TrialRun:
         if self.trial.retrain.epochs:
             self.retrain = self._new_retrain()
         else:
-            self.proxies = self._proxies(self.search.genotype)
+            self.proxies = self.scored(self.search.genotype, self.trial.measure)
             self.result = self._found(self.search.genotype)
 
     def _new_retrain(self) -> RetrainRun:
@@ -224,9 +228,9 @@ class TrialRun:
             self.search.genotype, self.trial.retrain, self.data, self.trial.seeds.retrain, self.device
         )
 
-    def _proxies(self, genotype: Genotype) -> Values:
+    def scored(self, genotype: Genotype, measure: tuple[str, ...]) -> Values:
         """Columns of the proxies that `measure` names: networks at retraining size, training images."""
-        names = [name for name in spelled_out(self.trial.measure) if name in PROXIES]
+        names = [name for name in spelled_out(measure) if name in PROXIES]
         if not names:
             return {}
         stage, seed = self.trial.retrain, self.trial.seeds.search
@@ -244,8 +248,8 @@ class TrialRun:
             return network.to(self.device).to(memory_format=torch.channels_last)
 
         order = generator(seed, "order", "proxy")
-        batches = islice(self.data.batches("train", BATCH_SIZE, order=order), BATCHES)
-        return evaluate(names, build, [batch for batch in batches if len(batch[1]) > 1], seed)
+        batches = list(equal_batches(self.data, "train", BATCH_SIZE, BATCHES, order))
+        return evaluate(names, build, batches, seed)
 
     def _finish(self, retrain: RetrainRun) -> Values:
         test_loss, test_error = retrain.quality("test")
@@ -323,8 +327,9 @@ SEARCH_SUMMARY = (
 def recorded_metrics(trial: Trial) -> tuple[str, ...]:
     """What records say of the search of a trial, and what may so be correlated with its final error."""
     found = ("params_m", "madds_m", "skips", "skips_reduce", "discretisation_gap", "search_seconds")
-    measured = (name if name.startswith("proxy_") else f"search_{name}" for name in catalogue(trial.measure))
-    return tuple(dict.fromkeys((*found, *measured)))
+    searched = (f"search_{name}" for name in (*SEARCH_SUMMARY, *columns_of(trial.measure)))
+    stopped = ("stop_epoch", "stop_back_to") if trial.method.stop is not None else ()
+    return (*found, *searched, *stopped, *proxy_columns(trial.measure))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -55,7 +56,7 @@ def view_of(
     sampler: Sampler | None = None,
     choices: dict[str, Choices] | None = None,
     metrics: Values | None = None,
-    before: Snapshot | None = None,
+    history: dict[int, Snapshot] | None = None,
     count: int = 24,
 ) -> View:
     """View of `state_of`, with `count` images in each part."""
@@ -66,8 +67,8 @@ def view_of(
     def gates() -> Gates:
         return state.sampler.sample(state.arch, state.progress, generator(0, "gates", "evaluation"))[0]
 
-    def batches(part: Part, size: int) -> Iterator[Batch]:
+    def batches(part: Part, size: int, most: int) -> Iterator[Batch]:
         xs, ys = images(part, count)
-        yield from zip(xs.split(size), ys.split(size), strict=True)
+        yield from islice(zip(xs.split(size), ys.split(size), strict=True), most)
 
-    return View(state, genotype, metrics or {}, gates, batches, 0, before)
+    return View(state, genotype, metrics or {}, gates, batches, 0, history or {})

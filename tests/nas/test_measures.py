@@ -12,13 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
+import nas.measures
 import nas.search
+import nas.trial
 from nas.config import override
+from nas.curvature import Hessian, Spectrum
 from nas.data import Arrays, Data, load
 from nas.early_stop import EigenvalueStop
 from nas.gates import Gate
+from nas.genotype import OPERATIONS, Cell, Genotype
 from nas.measures import (
+    EXTENTS,
     GROUPS,
     MEASURES,
     Snapshot,
@@ -32,12 +38,14 @@ from nas.measures import (
     measured,
     spelled_out,
 )
-from nas.metrics import METRICS, supernet_quality
+from nas.metrics import FINAL, METRICS, supernet_quality
 from nas.papers import PAPERS, on_digits, tiny
-from nas.proxies import PROXIES
+from nas.proxies import PROXIES, STATUSES
 from nas.samplers import Gumbel
+from nas.search import equal_batches
 from nas.searchers import keep_likeliest
-from nas.trial import Row, Trial, TrialRun
+from nas.streams import generator
+from nas.trial import Row, Trial, TrialRun, recorded_metrics
 from tests.nas.searches import SMALL, images, view_of
 
 CPU = torch.device("cpu")
@@ -118,11 +126,11 @@ def test_stability_is_against_the_epoch_before() -> None:
     view = view_of()
     assert set(of("stability", view).values()) == {None}
     now = {name: p.detach() for name, p in view.state.arch.probabilities().items()}
-    same = of("stability", replace(view, before=Snapshot(view.genotype, now)))
-    assert list(same.values()) == [1, 1, 0, 1]
+    same = of("stability", replace(view, history={0: Snapshot(view.genotype, now)}))
+    assert list(same.values()) == [1, 1, 0, 1, None, 0]
     turned = {name: -p for name, p in now.items()}
     other = SMALL.sample(random.Random(1))
-    against = of("stability", replace(view, before=Snapshot(other, turned)))
+    against = of("stability", replace(view, history={0: Snapshot(other, turned)}))
     assert (against["stability_tau"], against["stability_top"]) == (-1, 0)
     assert against["stability_hamming"] is not None
     assert against["stability_hamming"] > 0
@@ -141,11 +149,12 @@ def test_alignment_is_the_cosine_of_two_gradients() -> None:
         xs, ys = images(part, 24)
         loss = F.cross_entropy(view.state.supernet(xs, view.gates()), ys)
         slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, logits)]))
+    view.state.supernet.noise = replace(view.state.supernet.noise, skip_dropout=0.3, drop_path=0.3)
     found = of("alignment", view)
     assert found["alignment"] == pytest.approx(float(F.cosine_similarity(*slopes, dim=0)))
     assert found["alignment_norm"] == pytest.approx(float(slopes[0].norm()))
     assert found["alignment_max"] == pytest.approx(float(slopes[0].abs().max()))
-    same = replace(view, batches=lambda part, size: view.batches("weights", size))
+    same = replace(view, batches=lambda part, size, most: view.batches("weights", size, most))
     assert of("alignment", same)["alignment"] == pytest.approx(1)
 
 
@@ -160,9 +169,137 @@ def test_the_eigenvalue_of_every_epoch_is_that_of_the_whole_matrix() -> None:
     assert ordered == sorted(ordered, key=lambda value: value or 0)
 
 
-def test_perturbation_is_the_rise_without_each_operation() -> None:
+@pytest.mark.usefixtures("float64")
+def test_curvature_is_the_mean_over_held_out_batches_of_64() -> None:
+    view = view_of(replace(SMALL, nodes=1), count=192)
+    view.state.supernet.noise = replace(view.state.supernet.noise, skip_dropout=0.0, drop_path=0.0)
+    xs, ys = images("held_out", 192)
+    logits = [view.state.arch.logits[name] for name in ("normal/op", "reduce/op")]
+    spectra = []
+    for batch in zip(xs.split(64), ys.split(64), strict=True):
+        loss = F.cross_entropy(view.state.supernet(batch[0], view.gates()), batch[1])
+        spectra.append(torch.linalg.eigvalsh(Hessian(loss, logits).matrix()))
+    view.state.supernet.noise = replace(view.state.supernet.noise, skip_dropout=0.3, drop_path=0.3)
+    found = of("hessian", view)
+    assert len(spectra) == 3
+    for name, values in (
+        ("hessian", [float(s[-1]) for s in spectra]),
+        ("hessian_modulus", [float(s.abs().max()) for s in spectra]),
+        ("hessian_trace", [float(s.sum()) for s in spectra]),
+    ):
+        assert found[name] == pytest.approx(sum(values) / 3)
+        interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert found[f"{name}_low"] == pytest.approx(interval.low, rel=1e-4)
+        assert found[f"{name}_high"] == pytest.approx(interval.high, rel=1e-4)
+    assert of("eigenvalue", view)["eigenvalue"] == pytest.approx(found["hessian"], rel=1e-3)
+
+
+def test_the_modulus_of_batches_of_opposite_sign_does_not_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([Spectrum(3.0, -1.0, 1.0, None, None), Spectrum(1.0, -3.1, 2.0, None, None)])
+    monkeypatch.setattr(nas.measures, "hessians", lambda view, batches: [None, None])
+    monkeypatch.setattr(nas.measures, "spectrum", lambda *_: next(given))
+    assert of("hessian", view_of())["hessian_modulus"] == pytest.approx(3.05)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_number_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nas.measures, "largest_eigenvalues", lambda *_: [1.0, math.nan])
+    found = measured(("eigenvalue", "hessian"), view_of(), every=True, last=False)
+    assert found["eigenvalue_status"] == STATUSES.index("nan")
+    assert [found[name] for name in MEASURES["eigenvalue"].columns] == [None] * 4
+
+
+def test_a_measure_without_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(view: View) -> Values:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(MEASURES, "alignment", replace(MEASURES["alignment"], compute=fails))
+    found = measured(("alignment", "alphas"), view_of(), every=True, last=False)
+    assert found["alignment_status"] == STATUSES.index("error")
+    assert [found[name] for name in MEASURES["alignment"].columns] == [None] * 3
+    assert found["alpha_entropy_max"] is not None
+    assert set(found) == set(columns_of(("alignment", "alphas")))
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradients_of_operations_by_hand() -> None:
     view = view_of()
-    gates, batches = view.gates(), list(view.batches("held_out", 128))
+    supernet = view.state.supernet
+    supernet.noise = replace(supernet.noise, skip_dropout=0.0, drop_path=0.0)
+    xs, ys = images("weights", 24)
+    own = [p for name, p in supernet.named_parameters() if ".weighted.sep_conv_3x3." in name]
+    slopes = torch.autograd.grad(F.cross_entropy(supernet(xs, view.gates()), ys), own)
+    flat = torch.cat([slope.flatten() for slope in slopes])
+    found = of("gradients", view)
+    assert found["gradient_sep_conv_3x3"] == pytest.approx(float(flat.norm()) / math.sqrt(len(flat)))
+    assert set(found) == {"gradient_skip_connect", "gradient_sep_conv_3x3"}
+    assert all(value is not None and value > 0 for value in found.values())
+
+
+def test_the_cells_of_a_genotype_by_hand() -> None:
+    # Node 3 is two edges from an input, by a skip (1) and the 3x3 convolution applied twice (5).
+    nodes = ((("skip_connect", 0), ("max_pool_3x3", 1)), (("sep_conv_3x3", 2), ("skip_connect", 0)))
+    free = ((("skip_connect", 0), ("skip_connect", 1)), (("max_pool_3x3", 0), ("max_pool_3x3", 1)))
+    genotype = Genotype(Cell(nodes, (2, 3)), Cell(free, (2, 3)))
+    found = of("cells", replace(view_of(), genotype=genotype))
+    assert (found["parameter_free_normal"], found["parameter_free_reduce"]) == (3, 4)
+    assert found["receptive_field_normal"] == 3 + 5, "the pool is the wider of the two ways into node 2"
+    assert found["receptive_field_reduce"] == 3
+    assert set(EXTENTS) == set(OPERATIONS) - {"none"}
+
+
+def test_what_changed_in_five_epochs_and_since_the_first() -> None:
+    view = view_of()
+    now = {name: p.detach() for name, p in view.state.arch.probabilities().items()}
+    for name in ("normal/op", "reduce/op"):
+        set_rows(view, name, [[0.1, 0.7, 0.1, 0.1]] * 5)
+    now = {name: p.detach() for name, p in view.state.arch.probabilities().items()}
+    equal = {name: torch.full_like(p, 0.25) for name, p in now.items()}
+    other = {name: p.clone() for name, p in now.items()}
+    other["normal/op"][0] = torch.tensor([0.1, 0.1, 0.7, 0.1])  # and back again
+    epochs = [equal, now, now, other, now, now]
+    history = {epoch: Snapshot(view.genotype, p, 0.5) for epoch, p in enumerate(epochs)}
+    found = of("stability", replace(view, history=history))
+    assert found["stability_changed_5"] == pytest.approx(1 / 10)
+    assert found["stability_top"] == 1
+    assert found["alpha_entropy_drop"] == pytest.approx(1 - entropy([0.1, 0.7, 0.1, 0.1]))
+    early = of("stability", replace(view, history={epoch: history[epoch] for epoch in range(4)}))
+    assert early["stability_changed_5"] is None
+    measured_now = of("eigenvalue", replace(view, history=history))
+    assert measured_now["eigenvalue"] is not None
+    assert measured_now["eigenvalue_ratio"] == pytest.approx(measured_now["eigenvalue"] / 0.5)
+
+
+@pytest.mark.parametrize(
+    ("images_", "size", "most", "expected"),
+    [
+        (192, 64, 3, [64] * 3),
+        (500, 64, 3, [64] * 3),
+        (143, 64, 3, [47] * 3),
+        (100, 64, 3, [50] * 2),
+        (65, 64, 1, [64]),
+        (65, 64, 3, [32] * 2),
+        (20, 64, 3, [20]),
+        (1, 64, 3, []),
+    ],
+)
+def test_batches_to_measure_by_are_equally_large(
+    images_: int, size: int, most: int, expected: list[int]
+) -> None:
+    data = Data(arrays(), TRIAL.data, 0, CPU)
+    data.parts = {**data.parts, "valid": torch.arange(images_) % 60}
+    found = list(equal_batches(data, "valid", size, most, generator(0, "order")))
+    assert [len(labels) for _, labels in found] == expected
+    assert all(len(x) == len(labels) for x, labels in found)
+
+
+@pytest.mark.parametrize("sampler", [None, Gumbel(hard=False)], ids=["softmax", "gumbel"])
+def test_perturbation_is_the_rise_without_each_operation(sampler: Gumbel | None) -> None:
+    view = view_of(sampler=sampler)
+    gates, batches = view.gates(), list(view.batches("held_out", 128, 8))
+    likely = view.state.arch.probabilities()
+    drawn = [int(gate.weights[row, 1:].argmax()) for gate in gates.values() for row in range(5)]
+    learned = [int(likely[name][row, 1:].argmax()) for name in gates for row in range(5)]
+    assert (drawn == learned) == (sampler is None), "a draw has other likeliest operations than alpha"
     _, whole = supernet_quality(view.state, gates, batches)
     drops, agreed = [], []
     for name, gate in gates.items():
@@ -177,7 +314,7 @@ def test_perturbation_is_the_rise_without_each_operation() -> None:
                 quality.append((error, loss))
             best = max(range(3), key=lambda i: quality[i])
             drops.append(quality[best][0] - whole)
-            agreed.append(best == int(gate.weights[row, 1:].argmax()))
+            agreed.append(best == int(likely[name][row, 1:].argmax()))
     found = of("perturbation", view)
     assert found["perturbation"] == pytest.approx(sum(drops) / 10)
     assert found["perturbation_agreement"] == sum(agreed) / 10
@@ -258,7 +395,53 @@ def test_the_catalogue_tells_all_that_is_recorded() -> None:
     assert set(told) >= {*METRICS, *columns_of(("gaps",))}
     assert told["gap_error"]["better"] == "lower"
     assert told["proxy_snip"]["better"] == "higher"
-    assert set(catalogue(())) == set(METRICS)
+    assert set(catalogue(())) == {*METRICS, *FINAL}
+
+
+def test_every_column_of_a_trial_is_described_and_every_description_is_of_one() -> None:
+    everything = (*MEASURES, *PROXIES)
+    trial = override(replace(TRIAL, measure=everything), {"method.stop": {}})
+    rows, result = finished(trial)
+    told = set(catalogue(everything, stops=True))
+    recorded = {name for row in rows for name in row.metrics}
+    recorded |= {name if name in told else name.removeprefix("search_") for name in result}
+    absent = {f"{op}_{cell}" for op in missing_ops() for cell in ("normal", "reduce")}
+    absent |= {f"gradient_{op}" for op in missing_ops()}
+    assert recorded == told - absent
+    assert {f"search_{name}" for name in absent} | set(result) >= set(recorded_metrics(trial))
+
+
+def test_seconds_of_an_epoch_leave_out_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def slow(view: View) -> Values:
+        clock[0] += 5.0
+        return {"gap_error": 0.0, "gap_loss": 0.0}
+
+    def training(self: nas.search.SearchRun, *_: Any) -> Any:
+        clock[0] += 2.0
+        return train_epoch(self, *_)
+
+    train_epoch = nas.search.SearchRun._train_epoch
+    monkeypatch.setattr(nas.search.SearchRun, "_train_epoch", training)
+    monkeypatch.setitem(MEASURES, "gaps", replace(MEASURES["gaps"], compute=slow))
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    row = begun(replace(TRIAL, measure=("gaps", "alphas"))).step()
+    assert (row.metrics["gaps_seconds"], row.metrics["alphas_seconds"]) == (5.0, 0.0)
+    assert row.metrics["seconds"] == 2.0
+
+
+def test_the_discretisation_gap_is_the_error_of_one_hot_gates_minus_that_of_soft_ones() -> None:
+    run = begun(override(TRIAL, {"search.*.epochs": 1}))
+    state = run.search.state
+    assert state is not None
+    row = run.step()
+    assert row.genotype is not None
+    gates = nas.search.one_hot_gates(state, row.genotype)
+    _, derived = supernet_quality(state, gates, run.data.batches("valid", 128, order=None))
+    error, gap = row.metrics["valid_error"], row.metrics["discretisation_gap"]
+    assert error is not None
+    assert gap == derived - error != 0
 
 
 def test_a_measure_gives_its_columns_and_its_seconds() -> None:
@@ -348,11 +531,27 @@ def test_a_measured_trial_is_the_trial_and_resumes_as_if_it_had_not_stopped() ->
         assert lasting(again.result) == lasting(result)
 
 
+def test_checkpoints_that_knew_the_epoch_before_alone_are_read() -> None:
+    trial = override(replace(TRIAL, measure=("stability",)), {"search.*.epochs": 3})
+    run = begun(trial)
+    run.step()
+    run.step()
+    held = run.state_dict()
+    genotype, probabilities, _ = held["search"].pop("history")[1]
+    held["search"]["before"] = {"genotype": genotype, "probabilities": probabilities}
+    old = begun(trial)
+    old.load_state_dict(held)
+    found, expected = old.step().metrics, run.step().metrics
+    assert found["stability_tau"] == expected["stability_tau"] is not None
+    assert found["alpha_entropy_drop"] is None, "the first epoch is not known"
+    assert expected["alpha_entropy_drop"] is not None
+
+
 def test_curvature_is_of_the_same_images_after_every_epoch() -> None:
     def labels(run: TrialRun) -> list[list[int]]:
         assert run.search.state is not None
         view = run.search._view(run.search.state, SPACE.sample(random.Random(0)), {})
-        return [labels.tolist() for _, labels in view.batches("held_out", 4)]
+        return [labels.tolist() for _, labels in view.batches("held_out", 4, 3)]
 
     run = begun(TRIAL)
     first = labels(run)
@@ -364,6 +563,21 @@ def missing_ops() -> set[str]:
     return {
         name.removesuffix("_normal") for name in MEASURES["operations"].columns if "normal" in name
     } - set(SPACE.ops)
+
+
+def test_proxies_are_of_three_batches_of_64_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = replace(override(RANDOM, {"data.limit": 300}), measure=("snip",))
+    data = Data(load(trial.data), trial.data, 0, CPU)
+    given: list[Any] = []
+    monkeypatch.setattr(
+        nas.trial, "evaluate", lambda names, build, batches, seed: given.extend(batches) or {}
+    )
+    TrialRun(trial, data, CPU).scored(SPACE.sample(random.Random(0)), trial.measure)
+    served = data.batches("train", 64, order=generator(0, "order", "proxy"))
+    assert len(given) == 3
+    for (x, y), (images_, labels) in zip(given, served, strict=False):
+        assert torch.equal(x, images_)
+        assert torch.equal(y, labels)
 
 
 def test_a_trial_without_search_has_proxies_too() -> None:
@@ -428,6 +642,12 @@ def test_a_stopped_search_gives_what_it_stood_at_then() -> None:
     searched = [row for row in rows if row.stage == "search"]
     assert len(searched) == 4
     assert searched[-1].stage_end
+    # All of the result is of the epoch that the search went back to; one-hot gates on its weights are past.
+    for name in ("valid_error", "valid_loss", "train_error", "alpha_entropy", "alpha_margin"):
+        assert result[f"search_{name}"] == unstopped[1].metrics[name]
+        assert name.endswith("error") or result[f"search_{name}"] != searched[-1].metrics[name]
+    assert result["discretisation_gap"] is None
+    assert searched[-1].metrics["discretisation_gap"] is None
     assert searched[-1].genotype == unstopped[1].genotype
     assert (result["stop_epoch"], result["stop_back_to"]) == (3, 1)
     assert searched[-1].metrics["skips"] == result["skips"] == float(unstopped[1].genotype.normal.skips)  # type: ignore[union-attr]
@@ -444,7 +664,9 @@ def test_a_rule_that_never_fires_changes_nothing_but_its_columns() -> None:
     assert (result["stop_epoch"], result["stop_back_to"]) == (None, None)
     assert lasting(result).items() >= lasting(plain).items()
     assert [row.genotype for row in rows] == [row.genotype for row in plain_rows]
-    assert [row.metrics["stop_eigenvalue"] is None for row in rows[:2]] == [False, True], "every other epoch"
+    rows, _ = finished(override(TRIAL, {"method.stop": {}, "search.*.epochs": 4}))
+    seen = [row.metrics["stop_eigenvalue"] is not None for row in rows[:4]]
+    assert seen == [True, False, True, True], "every other epoch, and the last"
 
 
 @pytest.mark.usefixtures("growing")
@@ -474,6 +696,19 @@ def test_a_search_that_watches_resumes_with_what_it_saw() -> None:
     buffer.seek(0)
     again = begun(stopping())
     again.load_state_dict(torch.load(buffer, weights_only=True))
-    assert [value for value, _ in again.search.watched] == [1, 1, 1]
+    assert [one.eigenvalue for one in again.search.watched] == [1, 1, 1]
     row = again.step()
     assert (row.metrics["stop_epoch"], row.stage_end) == (3, True)
+    # A checkpoint of before has no metrics of what was watched, and so the result has none.
+    held = run.state_dict()
+    held["search"]["watched"] = [entry[:2] for entry in held["search"]["watched"]]
+    old = begun(stopping())
+    old.load_state_dict(held)
+    while not old.done:
+        old.step()
+    assert old.result is not None
+    assert (old.result["stop_back_to"], old.result["search_valid_error"]) == (1, None)
+    while not again.done:
+        again.step()
+    assert again.result is not None
+    assert again.result["search_valid_error"] is not None
