@@ -1,6 +1,7 @@
 """What a study will take: time, by running a few batches of each kind of trial, and disk."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from experiments.packing import Packing
 from experiments.recorder import clock
 from experiments.study import Planned
 from nas.data import Arrays, Data
+from nas.measures import MEASURES, Values
 from nas.trial import Trial, TrialRun
 
 ROW_KB, START_KB = 1.5, 12.0
@@ -40,28 +42,47 @@ def estimate(trial: Trial, arrays: Arrays, device: torch.device) -> Estimate:
 
     Each stage runs for three epochs of a few batches: the first to warm up, then one as while architecture
     parameters rest and one as while they learn. What an epoch costs besides its batches is counted with
-    them, so short epochs are overestimated.
+    them, so short epochs are overestimated. What is measured by name runs once, on as many images as in the
+    trial.
     """
     stages = tuple(replace(stage, epochs=3, frozen_epochs=2) for stage in trial.search)
     epochs = 2 if trial.retrain.epochs else 0
-    short = replace(trial, search=stages, retrain=replace(trial.retrain, epochs=epochs))
+    short = replace(trial, search=stages, retrain=replace(trial.retrain, epochs=epochs), measure=())
     data = Data(arrays, trial.data, trial.seeds.split, device)
     batch = max(trial.retrain.batch_size, *(stage.batch_size for stage in trial.search), 0)
     fewest = min(size for part in ("weights", "train") if (size := data.size(part)))
     share = min(1.0, BATCHES * batch / fewest)
-    data.parts = {part: held[: max(2, round(share * len(held)))] for part, held in data.parts.items()}
+    whole = data.parts
+    data.parts = few = {part: held[: max(2, round(share * len(held)))] for part, held in whole.items()}
     run = TrialRun(short, data, device)
-    seconds = checkpoint_mb = 0.0
+    seconds = measuring = checkpoint_mb = 0.0
     for stage in trial.search:
-        _, frozen, learning = (_seconds(run) for _ in range(3))
+        _, frozen = (_seconds(run) for _ in range(2))
+        data.parts = whole
+        measuring += _measuring(run.search.measured_now(trial.measure), stage.epochs, trial.measure_every)
+        data.parts = few
+        learning = _seconds(run)
         checkpoint_mb = max(checkpoint_mb, _size_mb(run))
         seconds += stage.frozen_epochs * frozen + (stage.epochs - stage.frozen_epochs) * learning
     if epochs:
         checkpoint_mb = max(checkpoint_mb, _size_mb(run))
         _, training = (_seconds(run) for _ in range(2))
         seconds += trial.retrain.epochs * training
+    data.parts = whole
+    assert run.search.genotype is not None
+    proxies = run.scored(run.search.genotype, trial.measure)
+    measuring += math.fsum(value or 0.0 for name, value in proxies.items() if name.endswith("_seconds"))
     total = sum(stage.epochs for stage in trial.search) + trial.retrain.epochs
-    return Estimate(seconds / share, total, checkpoint_mb)
+    return Estimate(seconds / share + measuring, total, checkpoint_mb)
+
+
+def _measuring(found: Values, epochs: int, measure_every: int) -> float:
+    """Seconds that a stage measures for, from what each measure takes once."""
+    often = len({*range(0, epochs, measure_every), epochs - 1})
+    times = {"always": epochs, "every": often, "last": 1}
+    return math.fsum(
+        times[measure.when] * (found.get(f"{name}_seconds") or 0.0) for name, measure in MEASURES.items()
+    )
 
 
 def _seconds(run: TrialRun) -> float:
