@@ -7,7 +7,7 @@ at any other.
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from nas.data import Arrays, Augment, Data, DataConfig
 from nas.genotype import Cell, Genotype
+from nas.measures import CURVATURE_BATCH, View, hessians, spelled_out
 from nas.methods import Method
 from nas.metrics import supernet_quality
 from nas.retrain import RetrainRun, RetrainStage
@@ -29,6 +30,7 @@ from nas.schedule import Constant, Schedule
 from nas.search import EVALUATION_BATCH, SearchRun, SearchStage, weight_step
 from nas.searchers import Argmax, Given
 from nas.spaces.cell import CELL_TYPES, CellSpace, CellType
+from nas.state import Batch
 from nas.streams import generator
 from nas.supernets.cell import Noise
 from nas.trial import Trial
@@ -55,6 +57,8 @@ class Peak:
 
     train: float
     evaluation: float
+    curvature: float = 0.0
+    """Of the graph of a Hessian, where one is measured."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Footprint:
     @property
     def tensors_mb(self) -> float:
         """What tensors take at once: the memory of a GPU, but for libraries and kernels."""
-        return max(max(peak.train, peak.evaluation) for peak in (*self.search, self.retrain))
+        peaks = (*self.search, self.retrain)
+        return max(max(peak.train, peak.evaluation, peak.curvature) for peak in peaks)
 
     @property
     def process_mb(self) -> float:
@@ -78,7 +83,7 @@ class Footprint:
         hence the sum.
         """
         return PROCESS_MB + RETAINED * max(
-            peak.train + peak.evaluation for peak in (*self.search, self.retrain)
+            max(peak.train, peak.curvature) + peak.evaluation for peak in (*self.search, self.retrain)
         )
 
     @property
@@ -95,8 +100,11 @@ def footprint(trial: Trial, shape: DataShape) -> Footprint:
     search stage is exact.
     """
     space, method, peaks = trial.space, _timeless_method(trial.method), []
+    curved = trial.method.stop is not None or bool(
+        {"eigenvalue", "hessian"} & set(spelled_out(trial.measure))
+    )
     for stage in trial.search:
-        peaks.append(_search_peak(space, method, _timeless(stage), shape))
+        peaks.append(_search_peak(space, method, _timeless(stage), shape, curved))
         if stage.keep is not None:
             space = _costliest_ops(space, stage.keep)
     retrain = Peak(0.0, 0.0)
@@ -125,12 +133,15 @@ def _timeless(stage: Any) -> Any:
 
 def _timeless_method(method: Method) -> Method:
     """`method` with what memory does not depend on at its default."""
-    return replace(method, searcher=Argmax(), arch_update=replace(method.arch_update, lr=3e-4))
+    return replace(method, searcher=Argmax(), arch_update=replace(method.arch_update, lr=3e-4), stop=None)
 
 
 @cache
-def _search_peak(space: CellSpace, method: Method, stage: SearchStage, shape: DataShape) -> Peak:
+def _search_peak(
+    space: CellSpace, method: Method, stage: SearchStage, shape: DataShape, curved: bool
+) -> Peak:
     if isinstance(method.sampler, Gumbel) and method.sampler.hard:
+        curved = False  # hard gates have no curvature in alpha
         # One operation runs on each edge, whichever is drawn.
         space, method = _costliest_ops(space, 1), replace(method, sampler=Softmax())
     state = SearchRun(space, method, (stage,), _data(shape, 2), 0, CPU, lambda genotype: {}).state
@@ -150,7 +161,20 @@ def _search_peak(space: CellSpace, method: Method, stage: SearchStage, shape: Da
     def evaluate(count: int) -> None:
         supernet_quality(state, state.gates()[0], _data(shape, count).batches("train", count, order=None))
 
-    return Peak(_peak_mb(train, held, stage.batch_size), _peak_mb(evaluate, held, EVALUATION_BATCH))
+    def differentiate(count: int) -> None:
+        def batches(part: object, size: int, most: int) -> Iterator[Batch]:
+            return _data(shape, count).batches("train", count, order=None)
+
+        gates = state.gates()[0]
+        view = View(state, costliest(space), {}, lambda: gates, batches, 0)
+        hessian = next(hessians(view, 1))
+        hessian.product(hessian.gradient.detach())
+
+    return Peak(
+        _peak_mb(train, held, stage.batch_size),
+        _peak_mb(evaluate, held, EVALUATION_BATCH),
+        _peak_mb(differentiate, held, CURVATURE_BATCH) if curved else 0.0,
+    )
 
 
 @cache

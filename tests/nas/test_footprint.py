@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nas.config import override
+from nas.curvature import Hessian
 from nas.footprint import (
     COSTLIEST,
     PROCESS_MB,
@@ -25,7 +27,9 @@ from nas.genotype import OPERATIONS
 from nas.metrics import saved_bytes_per_image, uniform_gates
 from nas.papers import PAPERS, laptop, on_digits, tiny
 from nas.retrain import RetrainRun
+from nas.search import SearchRun
 from nas.spaces.cell import SPACES
+from nas.state import frozen
 from nas.trial import Trial
 
 DIGITS = DataShape(channels=1, image_size=8, classes=10)
@@ -103,6 +107,34 @@ def test_a_search_step_takes_what_it_saves_and_little_more() -> None:
     )
     saved = stage.batch_size * saved_bytes_per_image(supernet, uniform_gates(supernet), 1, 8) / MB
     assert saved < taken(trial).search[0].train < 1.5 * saved
+
+
+@pytest.mark.parametrize("how", ["eigenvalue", "hessian", "stop"])
+def test_the_graph_of_a_hessian_counts_where_one_is_measured(how: str) -> None:
+    plain = small(space__nodes=2)
+    changes = {"method.stop": {}} if how == "stop" else {"measure": (how,)}
+    told = taken(override(plain, changes))
+    assert taken(plain).search[0].curvature == 0
+    assert replace(told.search[0], curvature=0.0) == taken(plain).search[0]
+    assert told.tensors_mb == told.search[0].curvature > taken(plain).tensors_mb
+    # What 64 images take, besides the optimisers' few buffers.
+    run = SearchRun(plain.space, plain.method, plain.search, _data(DIGITS, 64), 0, CPU, lambda genotype: {})
+    state = run.state
+    assert state is not None
+    images, labels = next(_data(DIGITS, 64).batches("train", 64, order=None))
+    with _Live([*state.supernet.parameters(), *state.arch.parameters(), images, labels]) as live:
+        with frozen(state.supernet.parameters()):
+            loss = F.cross_entropy(state.supernet.train()(images, state.gates()[0]), labels)
+        logits = [state.arch.logits[name] for name in ("normal/op", "reduce/op")]
+        hessian = Hessian(loss, logits)
+        hessian.product(hessian.gradient.detach())
+    assert told.search[0].curvature == pytest.approx(max(live.after) / MB, rel=0.1)
+
+
+@pytest.mark.parametrize("paper", ["gdas", "random"])
+def test_a_search_with_hard_gates_and_one_that_is_none_have_no_hessian(paper: str) -> None:
+    trial = small(paper)
+    assert taken(replace(trial, measure=("hessian",))) == taken(trial)
 
 
 # What a footprint follows
