@@ -21,7 +21,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
-from analysis import cells, planning, plots
+from analysis import agreement, cells, planning, plots
 from analysis.compare import mean_interval
 from analysis.correlate import EpochAssociation
 from analysis.findings import EpochCurve, Findings, MetricFinding, by_seed, pareto, ranked, swept
@@ -49,6 +49,7 @@ _MOST_LEVELS = 8
 """Levels of an axis beyond which runs are no cells to compare, e.g. of a rate drawn at random."""
 
 _MOST_PAIRS = 6
+_MOST_SEARCHES = 400
 _TOP = 3
 
 
@@ -1302,6 +1303,7 @@ def makers(sample: Sample, found: Findings) -> dict[str, Callable[[Sample, Findi
         "learning curves": learning,
         "operations": operations,
         **{f"cells of {arm}": partial(found_cells, arm) for arm in searched[:_MOST_GROUPS]},
+        "distances between searches": distances,
     }
 
 
@@ -1582,3 +1584,55 @@ def _short(text: str, most: int = 34) -> str:
 def _file_name(text: str) -> str:
     """Text as part of the name of a file."""
     return re.sub(r"[^\w.=+-]+", "_", text)[:80]
+
+
+def distances(sample: Sample, found: Findings) -> Result:
+    """Edit distances between the cells that all searches ended with, arm by arm."""
+    if sample.kind != "study":
+        return "networks of ground truth are of no search"
+    final = agreement.finals(sample.tables)
+    n = len(final)
+    if n < 2:
+        return "fewer than 2 searches with a final genotype"
+    if n > _MOST_SEARCHES:
+        return f"{n:,} searches are more than {_MOST_SEARCHES}, too many to tell apart"
+    table = agreement.distances(list(final["genotype"]))
+    sizes = final.groupby("arm", sort=False).size()
+    ends = sizes.cumsum().to_numpy()
+    figure = blank("", 5.8)
+    axes = figure.add_subplot()
+    image = axes.imshow(table, cmap="cividis_r", vmin=0, vmax=max(table.max(), 1), aspect="auto")
+    for end in ends[:-1]:
+        axes.axvline(end - 0.5, color="white", linewidth=1.5)
+        axes.axhline(end - 0.5, color="white", linewidth=1.5)
+    middles, names = ends - (sizes.to_numpy() + 1) / 2, [_short(str(arm), 24) for arm in sizes.index]
+    axes.set_xticks(middles, names, fontsize=8, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(
+        middles, [f"{name}\nn = {size}" for name, size in zip(names, sizes, strict=True)], fontsize=8
+    )
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.01)
+    bar.set_label("edit distance: operations and sources to change", fontsize=8.5)
+    bar.locator = MaxNLocator(integer=True)
+    first, second = np.triu_indices(n, 1)
+    rows = final.drop(columns="genotype").reset_index(drop=True)
+    data = pd.concat(
+        [
+            rows.iloc[first].reset_index(drop=True),
+            rows.iloc[second].reset_index(drop=True).add_prefix("other_"),
+            pd.Series(table[first, second].astype(int), name="edit_distance"),
+        ],
+        axis=1,
+    )
+    first_named = sorted(found.agreement, key=lambda one: not one.baseline)[:_TOP]
+    told = "; ".join(f"{one.arm} {_number(one.edits)}" for one in first_named)
+    told += "; others in the table" if len(found.agreement) > _TOP else ""
+    return Drawing(
+        "distances",
+        "How far apart the cells are that the searches found.",
+        f"n = {n:,} searches, each a row and a column, by arm and seed; darker is further apart, and the "
+        f"diagonal is each search with itself. Means over pairs within arms: {told or 'none'}. Searches that "
+        "are close need not be good.",
+        figure,
+        data,
+    )

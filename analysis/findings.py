@@ -12,6 +12,7 @@ from scipy import stats
 
 from analysis import (
     aggregate,
+    agreement,
     anytime,
     compare,
     correlate,
@@ -24,6 +25,7 @@ from analysis import (
     summary,
 )
 from analysis.aggregate import CriticalDifference, Profile
+from analysis.agreement import ArmAgreement
 from analysis.compare import Comparison, Equivalence, PairedDifference, RelativeImprovement
 from analysis.correlate import Association, Grouped, Partial
 from analysis.loaders import Sample
@@ -269,6 +271,7 @@ class Findings:
     """How the tests of the metrics were adjusted, and why so."""
 
     curves: tuple[EpochCurve, ...]
+    agreement: tuple[ArmAgreement, ...]
     components: Components
     ceiling: Estimate
     replicates: float
@@ -359,6 +362,7 @@ def find(sample: Sample, *, pool: bool = False) -> Findings:
         unanswered=unanswered,
         family=_family_note(metrics, unanswered),
         curves=_curves(sample, metrics, draws) if apart is None else (),
+        agreement=agreement.of_arms(sample.tables, draws) if sample.kind == "study" else (),
         components=components,
         ceiling=mixed.noise_ceiling(components.icc, replicates),
         replicates=replicates,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from analysis import figures
+from analysis.agreement import KEPT
 from analysis.checklist import Item
 from analysis.compare import MARGIN
 from analysis.findings import Findings, MetricFinding, Unanswered, Versus, ranked
@@ -205,6 +206,7 @@ def page_blocks(
     if sample.kind == "study" or searched:
         blocks.append(Heading("The searches" if sample.kind == "study" else "The networks"))
         blocks += searched or [Text("No search was recorded over epochs.")]
+    blocks += _agreement(found, shown("distances"))
     blocks += [Heading("Variance and power"), *_variance(found), *shown("variance", "power")]
     blocks += [Heading("Cost and size"), *shown("anytime"), *_anytime(found), *shown("front")]
     if not shown("anytime", "front"):
@@ -1065,3 +1067,54 @@ def seeds(sample: Sample) -> dict[str, list[int]]:
         for name in map(str, sample.trials.columns)
         if name.endswith("_seed") and "." not in name
     }
+
+
+def _agreement(found: Findings, drawn: Sequence[Block]) -> list[Block]:
+    """Whether the searches of an arm find the same cells, and when each has found its own."""
+    if not found.agreement:
+        return []
+    rows = [
+        [
+            one.arm + (" (random)" if one.baseline and one.arm != "random" else ""),
+            f"{one.n:,} of {one.n_total:,}",
+            _estimate(one.jaccard, ".2f"),
+            _estimate(one.kappa, ".2f"),
+            _estimate(one.edits, ".1f"),
+            _estimate(one.kept_from, ".1f"),
+            "-" if one.last_epoch is None else f"{one.last_epoch}",
+        ]
+        for one in found.agreement
+    ]
+    header = [
+        "arm",
+        "searches",
+        "Jaccard [95 % CI]",
+        "kappa",
+        "edit distance",
+        "kept from epoch",
+        "last epoch",
+    ]
+    random = any(one.baseline for one in found.agreement)
+    chance = (
+        "The random arm is the agreement that comes by chance. "
+        if random
+        else "There is no random arm to show the agreement that comes by chance. "
+    )
+    blocks: list[Block] = [
+        Heading("Do searches find the same cells?", 3),
+        Table(
+            header,
+            rows,
+            "Jaccard: edges (cell, node, source, operation) that two searches share over those that either "
+            "has; edit distance: operations and sources to change, at most, to make one network the other; "
+            "means over all pairs of searches of the arm. Kappa (Fleiss): agreement on the operation of each "
+            "edge, or that it is not taken, beyond that of answers given at random in the same shares. Kept "
+            "from epoch: the first, counted from 0, from which on the Jaccard index with the search's own "
+            f"genotype of its last epoch is at least {KEPT:g}, mean over searches. Percentile bootstrap "
+            f"intervals over searches, none below 5 of them. {chance}High agreement does not mean good "
+            "cells: searches that all collapse to skip connections agree.",
+        ),
+        *drawn,
+    ]
+    notes = [f"{one.arm}: {why}." for one in found.agreement if (why := one.jaccard.restriction)]
+    return blocks + ([Bullets(notes)] if notes else [])

@@ -304,11 +304,12 @@ def _summary(tables: Tables, arm: str) -> dict[str, object]:
     }
 
 
-def dependence(tables: Tables, arm: str, *, stopped: bool = True) -> str | None:
+def dependence(tables: Tables, arm: str, *, stopped: bool = True, retrained: bool = True) -> str | None:
     """Why the finished runs of an arm are not a fair sample of independent runs, if so.
 
     Intervals and p-values rest on independence, so such an arm gets neither. Without `stopped`, runs that
-    were stopped are no such reason: where they are paid for, and count as what the arm does.
+    were stopped are no such reason: where they are paid for, and count as what the arm does. Without
+    `retrained`, searches that share retrainings are none: where these say nothing.
     """
     reasons = []
     if tables.study.get("joint", False) and arm != tables.baseline:
@@ -325,7 +326,7 @@ def dependence(tables: Tables, arm: str, *, stopped: bool = True) -> str | None:
             f"{pruned} of its {_count(len(mine), 'run')} {was} stopped early, "
             "so those that finished were selected by validation error"
         )
-    if shared := _shared((tables, arm)):
+    if retrained and (shared := _shared((tables, arm))):
         reasons.append(f"{shared} of its searches found one network and share its retrainings")
     return ", and ".join(reasons) or None
 

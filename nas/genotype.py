@@ -1,4 +1,4 @@
-"""Genotypes: the architectures of a cell search, their text and JSON forms, and which are one network.
+"""Genotypes: the architectures of a cell search, their text and JSON forms, which are one network, how alike.
 
 Standard library only, so that analysis can read genotypes without PyTorch.
 """
@@ -189,6 +189,26 @@ class Genotype:
     def key(self) -> str:
         """Twelve hexadecimal digits, equal for genotypes of one network: SHA-256 of the canonical text."""
         return hashlib.sha256(str(self.canonical()).encode()).hexdigest()[:12]
+
+
+Part = tuple[str, int, int, str]
+"""Cell, node, predecessor, operation."""
+
+
+def parts(genotype: Genotype) -> list[Part]:
+    """Every edge of a genotype as written, sorted."""
+    return sorted(
+        (cell, node, source, op)
+        for cell in ("normal", "reduce")
+        for node, inputs in enumerate(getattr(genotype, cell).nodes, start=2)
+        for op, source in inputs
+    )
+
+
+def jaccard(one: Genotype, other: Genotype) -> float:
+    """Edges that two genotypes share over edges that either has, from 0 to 1; numbered as written."""
+    first, second = set(parts(one)), set(parts(other))
+    return len(first & second) / len(first | second)
 
 
 # Validation

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from nas.curvature import QUANTILES, Hessian, interval, lanczos, spectrum
 from nas.gates import Gate, Gates, detached
-from nas.genotype import OPERATIONS, Genotype
+from nas.genotype import OPERATIONS, Genotype, jaccard
 from nas.metrics import FINAL, METRICS, Metric, supernet_quality
 from nas.proxies import BASELINES, PROXIES, STATUSES, Proxy
 from nas.samplers import Arch, Gumbel
 from nas.spaces.cell import CELL_TYPES
-from nas.stability import hamming, jaccard, rank_tau
+from nas.stability import hamming, rank_tau
 from nas.state import Batch, SearchState, frozen, without_statistics
 from nas.streams import generator
 from nas.supernets.stacked import CONV_OPS

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # What each package may import of this project.
 MAY_IMPORT = {
     "nas": ("nas",),
-    "analysis": ("analysis", "nas.genotype", "nas.stability"),
+    "analysis": ("analysis", "nas.genotype"),
     "experiments": ("experiments", "analysis", "nas"),
     "benchmarks": ("benchmarks", "experiments", "analysis", "nas"),
 }

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from scipy import stats
 
-from analysis import cells, figures, findings, loaders, plots, report
+from analysis import agreement, cells, figures, findings, loaders, plots, report
 from analysis.figures import Drawing
 from analysis.findings import Findings
 from analysis.loaders import Sample
@@ -180,7 +180,7 @@ SOURCES = {
 }
 
 ALWAYS = {"flow", "error_by_arm", "metrics"}
-STUDY = ALWAYS | {"power", "trajectories", "curves", "epochs", "operations"}
+STUDY = ALWAYS | {"power", "trajectories", "curves", "epochs", "operations", "distances"}
 DRAWN = {
     "one phase": STUDY
     | {"heat", "interaction", "seeds", "critical_difference", "profiles", "improvement", "variance"}
@@ -201,6 +201,8 @@ WITHOUT_INTERVAL = {
     ("one phase", "variance"),  # shares of a sum of squares
     ("pruned", "error_by_arm"),  # the mean of survivors
     ("joint", "error_by_arm"),  # runs that are not independent
+    ("pruned", "distances"),
+    ("joint", "distances"),
 }
 
 
@@ -643,6 +645,22 @@ def test_cells_have_every_edge_with_the_share_of_searches_that_agree(sources: So
         written = Counter(shown["operation"].map(cells.short))
         assert names == written + Counter({"in 0": len(panels), "in 1": len(panels)})
         assert sum(len(axes.lines) for axes in panels) == 2 * len(shown)  # a line and its head
+
+
+@pytest.mark.parametrize("name", ["one phase", "two phases"])
+def test_distances_are_of_every_pair_of_searches_arm_by_arm(sources: Sources, name: str) -> None:
+    drawing, sample = sources[name].drawings["distances"], sources[name].sample
+    final = agreement.finals(sample.tables).set_index("trial_id")
+    assert len(final) == sample.trials["search_id"].nunique(), "a search that was retrained twice is one"
+    assert list(dict.fromkeys(final["arm"])) == list(sample.tables.arms)
+    (image,) = drawing.figure.axes[0].images
+    shown = np.asarray(image.get_array())
+    assert len(drawing.data) == len(final) * (len(final) - 1) / 2
+    for row in drawing.data.itertuples():
+        pair = (str(row.trial_id), str(row.other_trial_id))
+        expected = agreement.edit_distance(*(final.at[trial, "genotype"] for trial in pair))
+        i, j = (final.index.get_loc(trial) for trial in pair)
+        assert row.edit_distance == expected == shown[i, j] == shown[j, i]
 
 
 def test_lines_of_a_cell_end_at_their_node_and_never_overlap(sources: Sources) -> None:

@@ -45,7 +45,7 @@ def made(errors: dict[str, Any], *, study: dict[str, Any] | None = None, **colum
         "reference": None,
     }
     epochs = pd.DataFrame({"trial_id": [], "stage": [], "epoch": [], "key": [], "value": np.zeros(0)})
-    genotypes = pd.DataFrame({"trial_id": [], "stage": [], "genotype": []})
+    genotypes = pd.DataFrame({"trial_id": [], "stage": [], "epoch": [], "genotype": []})
     return loaders.of_tables(records.Tables(about | (study or {}), trials, epochs, genotypes), {})
 
 

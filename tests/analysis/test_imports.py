@@ -8,6 +8,7 @@ import pytest
 MODULES = (
     "__main__",
     "aggregate",
+    "agreement",
     "anytime",
     "cells",
     "checklist",

@@ -118,6 +118,22 @@ def test_claims_have_a_verdict_and_what_the_study_could_have_found(written: tupl
     assert found["provenance"]["data_sha256"] == "a" * 64
 
 
+def test_the_agreement_of_searches_stands_beside_that_of_random(written: tuple[Path, list[Path]]) -> None:
+    found = results(written[0] / "out")["agreement"]
+    assert [(one["arm"], one["n"], one["baseline"]) for one in found] == [
+        ("K=1", 5, False),
+        ("K=4", 5, False),
+        ("random", 5, True),
+    ]
+    # All arms end with the same five cells, whatever they had over their epochs.
+    assert len({json.dumps([one[name] for name in ("jaccard", "kappa", "edits")]) for one in found}) == 1
+    assert all(one["jaccard"]["low"] < one["jaccard"]["value"] < one["jaccard"]["high"] for one in found)
+    assert [(one["kept_from"]["value"], one["last_epoch"]) for one in found] == [(0, 3), (0, 3), (None, None)]
+    text = (written[0] / "out" / "report.md").read_text().partition("Do searches find the same cells?")[2]
+    assert "| random | 5 of 5 |" in text
+    assert "High agreement does not mean good cells" in text
+
+
 def test_a_sweep_that_makes_its_own_association_is_warned_of(written: tuple[Path, list[Path]]) -> None:
     found = {one["name"]: one for one in results(written[0] / "out")["metrics"]}["search_alpha_margin"]
     assert found["grouped"]["within"]["value"] == pytest.approx(1)

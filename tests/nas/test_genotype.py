@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.genotype import OPERATIONS, Cell, Edge, Genotype
+from nas.genotype import OPERATIONS, Cell, Edge, Genotype, jaccard
 from nas.published import PUBLISHED
 
 SEP3, SKIP = "sep_conv_3x3", "skip_connect"
@@ -332,3 +332,21 @@ def test_counts_of_published_cells(
 def test_published_genotypes_are_different_networks() -> None:
     assert len(PUBLISHED) == 15
     assert len({genotype.key for genotype in PUBLISHED.values()}) == 15
+
+
+# How alike
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ((("skip_connect", 0), ("sep_conv_3x3", 1)), 1),
+        ((("sep_conv_3x3", 1), ("skip_connect", 0)), 1),
+        ((("max_pool_3x3", 0), ("sep_conv_3x3", 1)), 6 / 10),
+    ],
+)
+def test_shared_edges_over_those_of_either(first: tuple[Edge, Edge], expected: float) -> None:
+    second = (("skip_connect", 0), ("sep_conv_3x3", 2))
+    one = Cell(((("skip_connect", 0), ("sep_conv_3x3", 1)), second), (2, 3))
+    other = Cell((first, second), (2, 3))
+    assert jaccard(Genotype(one, one), Genotype(other, other)) == expected
