@@ -100,6 +100,7 @@ def test_measured_metrics_are_those_of_the_machine() -> None:
     named = [*METRICS, *(f"search_{name}" for name in SEARCH_SUMMARY), "search_seconds", "retrain_seconds"]
     assert {name for name in named if is_measured(name)} == {
         "seconds",
+        "discretisation_gap_seconds",
         "peak_memory_mb",
         "search_peak_memory_mb",
         "search_seconds",
