@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.findings import Findings, costs
+from analysis.findings import Findings, costs, told
 from analysis.loaders import Sample
 
 Answer = Literal["yes", "no", "unknown"]
@@ -114,7 +114,7 @@ def _protocol(sample: Sample, found: Findings) -> Finding:
 def _over_time(sample: Sample, found: Findings) -> Finding:
     if found.anytime:
         return "yes", f"error over end-to-end hours for {len(found.anytime)} arms"
-    return "no", "no anytime curve: no seconds recorded, or fewer than two finished runs an arm"
+    return "no", f"no anytime curve: {told(found.no_anytime)}"
 
 
 def _random(sample: Sample, found: Findings) -> Finding:

@@ -24,7 +24,7 @@ from scipy import stats
 from analysis import agreement, cells, planning, plots
 from analysis.compare import mean_interval
 from analysis.correlate import EpochAssociation
-from analysis.findings import EpochCurve, Findings, MetricFinding, by_seed, pareto, ranked, swept
+from analysis.findings import EpochCurve, Findings, MetricFinding, by_seed, pareto, ranked, swept, told
 from analysis.loaders import Sample
 from analysis.plots import BLUE, GREY, INK, PALE, VERMILION, blank, legend
 from analysis.resample import Estimate, count
@@ -616,8 +616,8 @@ def improvement(sample: Sample, found: Findings) -> Result:
 def critical(sample: Sample, found: Findings) -> Result:
     """Critical-difference diagram over paired seeds, where it is allowed."""
     diagram = found.critical
-    if diagram is None:
-        return "seeds are not shared by all arms, so they are no blocks"
+    if isinstance(diagram, str):
+        return diagram
     if diagram.restriction and diagram.cd is None:
         return diagram.restriction
     assert diagram.cd is not None
@@ -678,7 +678,9 @@ def critical(sample: Sample, found: Findings) -> Result:
 def seeds(sample: Sample, found: Findings) -> Result:
     """Errors of arms seed by seed: whether their order holds from seed to seed."""
     table = by_seed(sample)
-    if table is None or len(table) < 2 or len(table.columns) < 2:
+    if isinstance(table, str):
+        return table
+    if len(table) < 2 or len(table.columns) < 2:
         return "fewer than 2 seeds shared by at least 2 arms"
     rank = table.rank(axis=1)
     figure = blank("", 3.6)
@@ -908,7 +910,7 @@ def power(sample: Sample, found: Findings) -> Result:
 def anytime(sample: Sample, found: Findings) -> Result:
     """Error of the incumbent over end-to-end hours, failed and stopped runs paid for."""
     if not found.anytime:
-        return "no arm has two finished runs with seconds recorded and a validation error"
+        return told(found.no_anytime)
     arms = [one for one in found.anytime if one.arm != sample.tables.baseline]
     random = next((one for one in found.anytime if one.arm == sample.tables.baseline), None)
     shown = arms or list(found.anytime)

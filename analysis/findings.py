@@ -157,6 +157,7 @@ class Unanswered:
     name: str
     flow: Flow
     verdict: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,9 @@ class Findings:
     unlike: str | None
     """Why nothing is pooled over arms or compared between them, if so."""
 
+    shared: str | None
+    """That arms without a doubt of their own share retrainings, so that nothing rests on all at once."""
+
     metrics: tuple[MetricFinding, ...]
     unanswered: tuple[Unanswered, ...]
     family: str
@@ -276,13 +280,18 @@ class Findings:
     ceiling: Estimate
     replicates: float
     sweep: FactorSweep | None
-    critical: CriticalDifference | None
+    critical: CriticalDifference | str
+    """Over seeds that all arms share, or the reason why there is none."""
+
     profiles: Mapping[str, Profile]
     aggregates: Mapping[str, Mapping[str, Estimate]]
     improvement: Mapping[str, Estimate]
     """Probability that a run of an arm beats one of the baseline."""
 
     anytime: tuple[ArmAnytime, ...]
+    no_anytime: Mapping[str, str]
+    """By arm, why it has no anytime curve; for all of them under `all arms`."""
+
     hypervolume: Estimate | None
     random_search: Mapping[str, float]
     """Of a whole space: expected error, in percent, of the best of so many random networks."""
@@ -344,20 +353,23 @@ def find(sample: Sample, *, pool: bool = False) -> Findings:
     sample = replace(sample, tables=summary.pooled(sample.tables)) if pool else sample
     draws, note = draws_for(sample)
     apart = unlike(sample)
+    doubts = {arm: why for arm in sample.tables.arms if (why := doubt(sample, arm))}
     metrics, unanswered, fewer = _metrics(sample, draws)
     components = _components(sample)
     replicates = max(len(sample.finals) / max(sample.finals["trial_id"].nunique(), 1), 1.0)
     between_runs, df = spread(sample)
     normal = _normalised(sample)
     baseline = sample.tables.baseline
+    curves, no_curves = _anytime(sample)
     return Findings(
         counts=_counts(sample),
         arms=tuple(
             {str(k): v for k, v in row.items()} for row in summary.summarise(sample.tables).to_dict("records")
         ),
         versus=_versus(sample, draws),
-        doubts={arm: why for arm in sample.tables.arms if (why := doubt(sample, arm))},
+        doubts=doubts,
         unlike=apart,
+        shared=_together(sample, [arm for arm in sample.tables.arms if arm not in doubts]),
         metrics=metrics,
         unanswered=unanswered,
         family=_family_note(metrics, unanswered),
@@ -383,7 +395,8 @@ def find(sample: Sample, *, pool: bool = False) -> Findings:
             for arm, scores in normal.items()
             if baseline in normal and arm != baseline
         },
-        anytime=_anytime(sample),
+        anytime=curves,
+        no_anytime=no_curves,
         hypervolume=hypervolume(sample, draws),
         random_search=_random_search(sample),
         spread=between_runs,
@@ -406,6 +419,11 @@ def doubt(sample: Sample, arm: str) -> str | None:
     """Why the finished runs of an arm cannot stand beside those of others as independent runs, if so."""
     used = ((sample.trials["arm"] == arm) & sample.error.notna()).any()
     return (summary.dependence(sample.tables, arm) or unlike(sample)) if used else None
+
+
+def _together(sample: Sample, arms: Sequence[str]) -> str | None:
+    """Why the finished runs of arms, taken all at once, are no independent runs, if so."""
+    return summary.doubt(*((sample.tables, arm) for arm in arms))
 
 
 # Counts and restrictions
@@ -453,8 +471,8 @@ def limits(sample: Sample, pool: bool = False) -> list[str]:
         which = summary.told_protocols(sample.protocols)
         found.append(
             f"The rows were measured under different protocols ({which}), so no metric is correlated over "
-            "them, and nothing is pooled over arms or compared between those that differ; --pool does it all "
-            "the same."
+            "them, nothing but the spread between runs of one arm is pooled over arms, and arms that differ "
+            "are not compared; --pool does it all the same."
             if unlike(sample)
             else f"The rows were measured under different protocols ({which}) and pooled, as asked."
         )
@@ -592,35 +610,60 @@ def _versus(sample: Sample, draws: Draws) -> tuple[Versus, ...]:
 
 
 def _paired(sample: Sample, arm: str, other: str, draws: Draws) -> PairedDifference | None:
-    table = by_seed(sample)
-    if table is None or not {arm, other} <= set(table.columns):
+    table = by_seed(sample, (arm, other))
+    if isinstance(table, str) or not {arm, other} <= set(table.columns):
         return None
     pairs = table[[arm, other]].dropna()
     whole = len(pairs) == table[arm].notna().sum() == table[other].notna().sum()
     return compare.paired_difference(pairs[arm], pairs[other], draws) if whole and len(pairs) > 1 else None
 
 
-def by_seed(sample: Sample) -> pd.DataFrame | None:
-    """Errors in percent, one row per search seed, one column per arm; None where seeds repeat in an arm.
+def by_seed(sample: Sample, arms: Sequence[str] | None = None) -> pd.DataFrame | str:
+    """Errors in percent, one row per search seed, one column per arm; or the reason why there is no table.
 
-    Arms that are no fair sample of independent runs, or were not measured alike, are left out.
+    Args:
+        sample: runs.
+        arms: whose doubts the caller answers for; without them, all that are a fair sample of independent
+            runs and were measured alike.
     """
+    if "search_seed" not in sample.trials:
+        return "no search seeds were recorded"
+    if sample.tables.study.get("joint"):
+        return "configurations were chosen one in view of another, so their seeds are no replicates"
+    doubts = {arm: why for arm in sample.tables.arms if arms is None and (why := doubt(sample, arm))}
+    kept = [arm for arm in (arms or sample.tables.arms) if arm not in doubts]
     trials = sample.trials.assign(error=100 * sample.error)
-    if "search_seed" not in trials or sample.tables.study.get("joint"):
-        return None
-    trials = trials[~trials["arm"].isin([arm for arm in sample.tables.arms if doubt(sample, arm)])]
-    used = trials.dropna(subset=["error", "search_seed"])
-    if used.empty or used.duplicated(["arm", "search_seed"]).any():
-        return None
+    used = trials[trials["arm"].isin(kept)].dropna(subset=["error", "search_seed"])
+    if used.empty:
+        return told(doubts) or "no run with a search seed has a final error"
+    repeated = used.loc[used.duplicated(["arm", "search_seed"]), "arm"].unique()
+    if len(repeated):
+        return f"search seeds repeat within an arm ({', '.join(repeated)})"
     table = used.pivot(index="search_seed", columns="arm", values="error")
     return table[[arm for arm in sample.tables.arms if arm in table]].sort_index()
 
 
-def _critical(sample: Sample) -> CriticalDifference | None:
+def told(doubts: Mapping[str, str]) -> str:
+    """Doubts by arm as text; of arms with the same one, once."""
+    arms: dict[str, list[str]] = {}
+    for arm, why in doubts.items():
+        arms.setdefault(why, []).append(arm)
+    return "; ".join(f"{why} ({', '.join(names)})" for why, names in arms.items())
+
+
+def _critical(sample: Sample) -> CriticalDifference | str:
+    """Ranks over seeds that all arms share, of arms that are independent runs and measured alike."""
     table = by_seed(sample)
-    if table is None or len(table.columns) < 2:
-        return None
+    if isinstance(table, str):
+        return table
+    if len(table.columns) < 2:
+        lost = told({arm: why for arm in sample.tables.arms if (why := doubt(sample, arm))})
+        return f"fewer than two arms have usable runs{': ' if lost else ''}{lost}"
+    if why := _together(sample, table.columns.tolist()):
+        return why
     whole = table.dropna()
+    if whole.empty:
+        return "no search seed is shared by all arms"
     return aggregate.critical_difference(
         {str(arm): whole[arm].to_numpy() for arm in whole}, blocks="paired seeds"
     )
@@ -631,7 +674,7 @@ def _normalised(sample: Sample) -> dict[str, Array]:
     baseline = sample.tables.baseline
     errors = {arm: percent(sample, arm) for arm in sample.tables.arms if not doubt(sample, arm)}
     errors = {arm: values for arm, values in errors.items() if len(values)}
-    if baseline not in errors or len(errors) < 2:
+    if baseline not in errors or len(errors) < 2 or _together(sample, list(errors)):
         return {}
     random, best = float(-errors[baseline].mean()), -min(float(values.min()) for values in errors.values())
     if best - random <= resample.RESOLUTION:
@@ -651,14 +694,31 @@ def _profiles(normal: Mapping[str, Array], draws: Draws) -> dict[str, Profile]:
 
 
 def spread(sample: Sample) -> tuple[float | None, int]:
-    """Pooled standard deviation within arms of independent runs, and its degrees of freedom."""
-    arms = [arm for arm in sample.tables.arms if not doubt(sample, arm)]
-    groups = [values for arm in arms if len(values := percent(sample, arm)) > 1]
+    """Pooled standard deviation within arms of independent runs, and its degrees of freedom.
+
+    Arms may differ in how they were measured, runs of one arm may not. An error that stands in several arms,
+    as they found one network that was retrained once, counts in the first of them.
+    """
+    doubts, seen, groups = spread_doubts(sample), set[str](), []
+    for arm in (arm for arm in sample.tables.arms if arm not in doubts):
+        runs = sample.trials[(sample.trials["arm"] == arm) & sample.error.notna()]
+        ids = runs["retraining_id"] if "retraining_id" in runs else runs["trial_id"]
+        values = 100 * runs.loc[~ids.isin(seen), "test_error"].to_numpy(dtype=np.float64)
+        seen |= set(ids.dropna())
+        groups += [values] if len(values) > 1 else []
     df = sum(len(values) - 1 for values in groups)
     if not df:
         return None, 0
     total = sum(float(((values - values.mean()) ** 2).sum()) for values in groups)
     return math.sqrt(total / df), df
+
+
+def spread_doubts(sample: Sample) -> dict[str, str]:
+    """By arm with finished runs, why these say nothing of the spread between independent runs, if so."""
+    tables = sample.tables
+    used = [arm for arm in tables.arms if len(tables.finals(arm))]
+    found = {arm: summary.dependence(tables, arm) or summary.protocols(tables, arm) for arm in used}
+    return {arm: why for arm, why in found.items() if why}
 
 
 def swept(sample: Sample) -> list[str]:
@@ -674,7 +734,8 @@ def _sweep(sample: Sample) -> FactorSweep | None:
     if not names:
         return None
     rows = sample.trials[names].notna().all(axis=1) & sample.error.notna()
-    if rows.sum() < 4 or any(doubt(sample, arm) for arm in sample.trials.loc[rows, "arm"].unique()):
+    arms = sample.trials.loc[rows, "arm"].unique().tolist()
+    if rows.sum() < 4 or unlike(sample) or _together(sample, arms):
         return None
     factors = {name.removeprefix("axes."): sample.trials.loc[rows, name].tolist() for name in names}
     seeds = sample.trials.loc[rows, "search_seed"] if "search_seed" in sample.trials else None
@@ -716,23 +777,32 @@ def costs(sample: Sample) -> "pd.Series[float]":
     return spent.reindex(sample.trials["trial_id"]).set_axis(sample.trials.index).astype(float) / 3600
 
 
-def _anytime(sample: Sample) -> tuple[ArmAnytime, ...]:
-    """Curves of arms with at least two finished runs and a known cost, over runs drawn with replacement.
+def _anytime(sample: Sample) -> tuple[tuple[ArmAnytime, ...], dict[str, str]]:
+    """Curves of arms over runs drawn with replacement, and why other arms have none.
 
     Stopped runs are drawn with the others, and paid for; runs that depend on one another cannot be drawn.
     """
     hours = costs(sample)
-    if sample.kind != "study" or "valid_error" not in sample.trials or unlike(sample):
-        return ()
+    if sample.kind != "study":
+        return (), {"all arms": "networks of a table are not found one after the other"}
+    if apart := unlike(sample):
+        return (), {"all arms": apart}
+    lost: dict[str, str] = {}
     priced: dict[str, tuple[Array, Array, list[anytime.Trace]]] = {}
     for arm in sample.tables.arms:
         rows = sample.trials[(sample.trials["arm"] == arm) & hours.notna()].index
         price: Array = np.asarray(hours[rows], dtype=np.float64)
         test: Array = 100 * np.asarray(sample.error[rows], dtype=np.float64)
-        valid = sample.trials.loc[rows, "valid_error"].to_numpy(dtype=float)
-        if np.isfinite(test).sum() < 2 or not np.isfinite(valid[np.isfinite(test)]).all() or price.sum() <= 0:
-            continue
-        if summary.dependence(sample.tables, arm, stopped=False):
+        valid = sample.trials.reindex(columns=["valid_error"]).loc[rows, "valid_error"].to_numpy(dtype=float)
+        if why := summary.dependence(sample.tables, arm, stopped=False):
+            lost[arm] = why
+        elif not price.sum() > 0:
+            lost[arm] = "no seconds were recorded"
+        elif (n := int(np.isfinite(test).sum())) < 2:
+            lost[arm] = f"{resample.count(n, 'run')} with a test error and seconds, fewer than 2"
+        elif not np.isfinite(valid[np.isfinite(test)]).all():
+            lost[arm] = "not all of its runs have a validation error"
+        if arm in lost:
             continue
         draw = np.random.default_rng(0)
         orders = [draw.integers(0, len(rows), len(rows)) for _ in range(_SEQUENCES)]
@@ -769,7 +839,7 @@ def _anytime(sample: Sample) -> tuple[ArmAnytime, ...]:
                 n_sequences=len(traces),
             )
         )
-    return tuple(found)
+    return tuple(found), lost
 
 
 def _sequences(traces: Sequence[anytime.Trace], total: float) -> tuple[Array, Array, Any]:
@@ -974,8 +1044,8 @@ def _unanswered(sample: Sample, name: str, why: str) -> Unanswered:
     if name in sample.metrics:
         known &= np.isfinite(sample.metrics[name])
     n = int(known.sum()) if name in sample.metrics else 0
-    answer = f"no verdict: {why}" if unlike(sample) else f"undecided at n={n}: {why}"
-    return Unanswered(name, _flow(sample.trials["status"], n), answer)
+    answer = "no verdict" if unlike(sample) else f"undecided at n={n}"
+    return Unanswered(name, _flow(sample.trials["status"], n), f"{answer}: {why}", why)
 
 
 def _strength(sample: Sample, name: str) -> float:

@@ -99,7 +99,6 @@ def _of_metric(one: MetricFinding, noun: str) -> Claim:
 
 
 def _without(one: Unanswered, noun: str) -> Claim:
-    why = one.verdict.partition(": ")[2]
     return Claim(
         claim=f"{one.name} tells which {noun} errs less",
         kind="metric",
@@ -112,8 +111,9 @@ def _without(one: Unanswered, noun: str) -> Claim:
         p=None,
         p_adjusted=None,
         detectable=None,
-        reason=why,
-        rests_on=f"Declared, and without an answer: {why}. It counts in the family of declared metrics.",
+        reason=one.reason,
+        rests_on=f"Declared, and without an answer: {one.reason}. It counts in the family of declared "
+        "metrics.",
     )
 
 

@@ -157,7 +157,7 @@ def judged(tables: Tables) -> tuple[Claim, ...]:
     """
     tables = by_search(tables)
     pairs = _pairs(tables)
-    doubts = {pair: doubt(*((tables, arm) for arm in pair)) or _protocols(tables, *pair) for pair in pairs}
+    doubts = {pair: doubt(*((tables, arm) for arm in pair)) or protocols(tables, *pair) for pair in pairs}
     results = {pair: _compared(tables, *pair, doubts[pair]) for pair in pairs}
     p_values = {
         pair: result.p
@@ -280,7 +280,7 @@ def _summary(tables: Tables, arm: str) -> dict[str, object]:
     by_status = trials["status"].value_counts().to_dict()
     pruned, pending = by_status.get("pruned", 0), by_status.get("pending", 0)
     failed = sum(by_status.get(status, 0) for status in _FAILURES)
-    doubted = (dependence(tables, arm) or _protocols(tables, arm)) if len(finals) else None
+    doubted = (dependence(tables, arm) or protocols(tables, arm)) if len(finals) else None
     no_interval = doubted or (
         f"{error.reason}, so the spread between runs is unknown" if error.reason else ""
     )
@@ -331,7 +331,7 @@ def dependence(tables: Tables, arm: str, *, stopped: bool = True, retrained: boo
     return ", and ".join(reasons) or None
 
 
-def _protocols(tables: Tables, *arms: str) -> str | None:
+def protocols(tables: Tables, *arms: str) -> str | None:
     """That the finished runs of arms were measured under different protocols, if so and not to be pooled."""
     used = tables.finals()
     found = None if tables.study.get("pool") else differing(used[used["arm"].isin(arms)])

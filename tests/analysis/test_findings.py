@@ -95,6 +95,81 @@ def test_a_network_of_several_arms_with_one_final_error_is_one_unit() -> None:
     assert findings.metric_finding(apart, "margin", QUICK).headline.n_units == 12
 
 
+def collapsed(n: int = 4) -> Sample:
+    """Two arms whose searches found the same networks, retrained once, and a random arm of its own."""
+    error = 0.1 + 0.02 * np.arange(n)
+    keys = [f"g{network}" for network in range(n)] * 2 + [f"r{network}" for network in range(n)]
+    return made(
+        {"K=1": error, "K=4": error, "random": error + 0.1 * np.arange(1, n + 1)},
+        study={"reference": "K=1", "baseline": "random"},
+        genotype_key=keys,
+        retraining_id=keys,
+        search_seed=list(range(n)) * 3,
+        **{"axes.K": [1.0] * n + [4.0] * n + [np.nan] * n},
+    )
+
+
+def test_one_final_error_of_several_arms_is_not_counted_as_several() -> None:
+    runs = collapsed(6)
+    found = findings.find(runs)
+    distinct = [findings.percent(runs, arm) for arm in ("K=1", "random")]
+    assert found.spread == pytest.approx(np.sqrt(np.mean([np.var(errors, ddof=1) for errors in distinct])))
+    assert found.spread_df == 10
+    assert found.doubts == {}
+    assert str(found.shared).startswith("12 of their searches found one network and share its retrainings")
+    assert found.critical == found.shared
+    assert (found.sweep, found.profiles, found.aggregates, found.improvement) == (None, {}, {}, {})
+    apart = replace(runs, tables=replace(runs.tables, trials=runs.trials.assign(retraining_id=range(18))))
+    found = findings.find(apart)
+    assert (found.spread_df, found.shared) == (15, None)
+    assert found.sweep is not None
+    assert found.sweep.n == 12
+    assert set(found.aggregates) == {"K=1", "K=4", "random"}
+    assert not isinstance(found.critical, str)
+
+
+# Seeds
+
+
+def test_a_table_by_seed_or_the_true_reason_why_there_is_none() -> None:
+    errors = {"a": [0.1, 0.2, 0.3], "b": [0.2, 0.3, 0.4]}
+    seeds = [0, 1, 2] * 2
+    table = findings.by_seed(made(errors, search_seed=seeds))
+    assert not isinstance(table, str)
+    assert table["b"].to_dict() == pytest.approx({0: 20, 1: 30, 2: 40})
+    assert findings.by_seed(made(errors)) == "no search seeds were recorded"
+    assert "in view of another" in str(
+        findings.by_seed(made(errors, study={"joint": True}, search_seed=seeds))
+    )
+    repeated = made(errors, search_seed=[0, 1, 2, 0, 0, 1])
+    assert findings.by_seed(repeated) == "search seeds repeat within an arm (b)"
+    assert not isinstance(findings.by_seed(repeated, ["a"]), str)
+    stopped = made(errors, search_seed=seeds, status=["completed", "completed", "pruned"] * 2)
+    why = "1 of its 3 runs was stopped early, so those that finished were selected by validation error"
+    assert findings.by_seed(stopped) == f"{why} (a, b)"
+    assert findings.find(made(errors, search_seed=[0, 1, 2, 3, 4, 5])).critical == (
+        "no search seed is shared by all arms"
+    )
+
+
+def test_a_pair_that_was_measured_alike_is_paired_whatever_other_arms_are() -> None:
+    found = {(one.claim.arm, one.claim.other): one for one in findings.find(protocols()).versus}
+    pair = found["b", "random"].paired
+    assert pair is not None
+    errors = [findings.percent(protocols(), arm) for arm in ("b", "random")]
+    assert pair.p == pytest.approx(stats.ttest_rel(*errors).pvalue)
+
+
+def test_why_an_arm_has_no_curve_over_time_is_told() -> None:
+    runs = made({"a": [0.1, 0.2, 0.3], "b": [0.2]}, study={"reference": "a"})
+    assert findings.find(runs).no_anytime == {arm: "no seconds were recorded" for arm in "ab"}
+    found = findings.find(replace(runs, tables=_timed(runs)))
+    assert [one.arm for one in found.anytime] == ["a"]
+    assert found.no_anytime == {"b": "1 run with a test error and seconds, fewer than 2"}
+    answers = {one.number: one for one in checklist.checklist(runs, findings.find(runs))}
+    assert answers[10].evidence == "no anytime curve: no seconds were recorded (a, b)"
+
+
 # Protocols
 
 
@@ -116,7 +191,11 @@ def test_arms_of_different_protocols_are_not_compared() -> None:
         assert one.claim.difference is not None
         assert (one.claim.difference.low, one.claim.difference.p, one.comparison) == (None, None, None)
     assert (found.profiles, found.aggregates, found.improvement, found.anytime) == ({}, {}, {}, ())
-    assert (found.spread, found.components.between, found.critical, found.sweep) == (None, None, None, None)
+    assert (found.components.between, found.sweep) == (None, None)
+    assert "config.retrain.epochs: 3, 4" in str(found.critical)
+    alone = [np.var(100 * findings.percent(runs, arm), ddof=1) / 100**2 for arm in ("a", "b", "random")]
+    assert found.spread == pytest.approx(np.sqrt(np.mean(alone)))  # between runs of one arm, measured alike
+    assert found.spread_df == 15
     assert found.metrics == ()
     (declared,) = (one for one in sections.claims(runs, found) if one.kind == "metric")
     assert declared.verdict.startswith("no verdict: measured under different protocols")
