@@ -42,7 +42,7 @@ def across(samples: Sequence[Sample], pool: bool = False) -> Across:
             study holds several protocols and `pool` does not ask for it, or fewer than two arms are left.
     """
     datasets = _datasets(samples)
-    endpoints = {sample.endpoint.partition(", mean of up to")[0] for sample in samples}
+    endpoints = {sample.measured for sample in samples}
     if len(endpoints) > 1:
         raise ValueError(
             f"the endpoints differ: {' | '.join(sorted(endpoints))}; give runs with one endpoint"
@@ -104,7 +104,15 @@ def _errors(datasets: Sequence[str], samples: Sequence[Sample]) -> tuple[_Errors
             left_out[arm] = "; ".join([*lost, *doubts])
         else:
             found[arm] = runs
-    return found, left_out
+    for one, other in combinations(list(found), 2):  # nor may one error stand for runs of two arms
+        doubts = [
+            f"{doubt} on {name}"
+            for name, sample in zip(datasets, samples, strict=True)
+            if (doubt := summary.doubt((sample.tables, one), (sample.tables, other)))
+        ]
+        if doubts:
+            left_out |= {arm: f"{one} and {other}: {'; '.join(doubts)}" for arm in (one, other)}
+    return {arm: runs for arm, runs in found.items() if arm not in left_out}, left_out
 
 
 def _scores(errors: _Errors, samples: Sequence[Sample]) -> dict[str, dict[str, Array]]:

@@ -41,8 +41,8 @@ class Sample:
     tables: Tables
     kind: Literal["study", "ground truth"]
 
-    endpoint: str
-    """What `test_error` is, in words."""
+    measured: str
+    """What the test error of one row of the source is, in words."""
 
     metrics: pd.DataFrame
     """What may predict the error: one column per metric, on the index of `tables.trials`."""
@@ -64,6 +64,15 @@ class Sample:
 
     protocols: Mapping[str, Sequence[str]] | None = None
     """Columns in which the rows' protocols differ, with their values; None if there is one protocol."""
+
+    retrainings: int = 1
+    """Most retrainings of one search, of which `test_error` is the mean."""
+
+    @property
+    def endpoint(self) -> str:
+        """What `test_error` is, in words."""
+        several = f", mean of up to {self.retrainings} retrainings" if self.retrainings > 1 else ""
+        return self.measured + several
 
     @property
     def trials(self) -> pd.DataFrame:
@@ -98,8 +107,7 @@ def load(path: Path, *, study: str | None = None, sha256: str | None = None) -> 
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a study folder or a file of ground truth")
-    is_store = path.suffix in (".db", ".sqlite", ".sqlite3")
-    if study is not None and not is_store:
+    if study is not None and not is_store(path):
         raise ValueError(
             f"--study {study} chooses from an MLflow store (.db), which {path} is not; leave it out"
         )
@@ -118,7 +126,7 @@ def load(path: Path, *, study: str | None = None, sha256: str | None = None) -> 
                 "one array of learning curves and one list of genotypes"
             )
         return from_curves(arrays[0], sha256=sha256)
-    if is_store:
+    if is_store(path):
         return from_mlflow(path, study, sha256=sha256)
     readers = {".json": from_nas_bench_macro, ".npy": from_curves}
     if path.suffix not in readers:
@@ -127,6 +135,11 @@ def load(path: Path, *, study: str | None = None, sha256: str | None = None) -> 
             "NAS-Bench-Macro (.json) or learning curves (.npy)"
         )
     return readers[path.suffix](path, sha256=sha256)
+
+
+def is_store(path: Path) -> bool:
+    """Whether a path is that of an MLflow store, by its name."""
+    return path.suffix in (".db", ".sqlite", ".sqlite3")
 
 
 # Studies
@@ -161,17 +174,16 @@ def of_tables(tables: Tables, sources: Mapping[str, str]) -> Sample:
     protocols = differing(tables.finals())
     finals = _finals(tables)
     tables = by_search(tables)
-    retrained = finals.groupby("trial_id").size().max() if len(finals) else 0
     return Sample(
         tables=tables,
         kind="study",
-        endpoint="test error after the last epoch of retraining"
-        + (f", mean of up to {retrained} retrainings" if retrained > 1 else ""),
+        measured="test error after the last epoch of retraining",
         metrics=search_metrics(tables),
         finals=finals,
         sources=sources,
         n_rows=n_rows,
         protocols=protocols,
+        retrainings=int(finals["trial_id"].value_counts().max()) if len(finals) else 1,
     )
 
 
@@ -429,7 +441,7 @@ def from_nas_bench_macro(path: Path, *, sha256: str | None = None) -> Sample:
     return Sample(
         tables=tables,
         kind="ground truth",
-        endpoint="mean test error of three trainings, each the best over its epochs, hence optimistic",
+        measured="mean test error of three trainings, each the best over its epochs, hence optimistic",
         metrics=trials[metrics].astype(float),
         finals=pd.DataFrame(finals),
         sources={path.name: hashlib.sha256(content).hexdigest()},
@@ -569,7 +581,7 @@ def _curve_sample(
     return Sample(
         tables=tables,
         kind="ground truth",
-        endpoint="test error after the last epoch",
+        measured="test error after the last epoch",
         metrics=metrics[[name for name in metrics if metrics[name].nunique() > 1]],
         finals=trials[["trial_id", "retrain_seed", "test_error"]],
         sources={path.name: digest, listed.name: _digest(listed)},

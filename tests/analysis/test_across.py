@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,25 @@ def test_an_arm_of_selected_runs_is_left_out_of_all(tmp_path: Path) -> None:
     lost: dict[str, Sequence[Outcome]] = {"K=1": ["pruned"], "random": [0.3]}
     with pytest.raises(ValueError, match="fewer than two arms"):
         across([dataset(tmp_path, "three", first), dataset(tmp_path, "four", lost)])
+
+
+def test_arms_that_share_a_retraining_on_one_data_set_are_left_out_of_all(tmp_path: Path) -> None:
+    one, two = (dataset(tmp_path, name, arms) for name, arms in drawn(2).items())
+    same = two.trials["arm"].isin(["K=1", "K=4"])
+    ids = two.trials["retraining_id"].mask(same, "network-" + two.trials["search_seed"].astype(str))
+    shared = replace(two, tables=replace(two.tables, trials=two.trials.assign(retraining_id=ids)))
+    with pytest.raises(ValueError, match=r"K=1 and K=4: 6 of their searches .*share its retrainings on set1"):
+        across([one, shared])
+    errors = drawn(2)["set1"] | {"K=8": [0.2, 0.21, 0.22]}
+    more = dataset(tmp_path, "more", errors)
+    ids = more.trials["retraining_id"].mask(
+        more.trials["arm"].isin(["K=1", "K=4"]) & (more.trials["search_seed"] == 0), "network"
+    )
+    found = across(
+        [
+            dataset(tmp_path, "other", drawn(1)["set0"] | {"K=8": [0.2, 0.21, 0.22]}),
+            replace(more, tables=replace(more.tables, trials=more.trials.assign(retraining_id=ids))),
+        ]
+    )
+    assert found.arms == ("random", "K=8")
+    assert set(found.left_out) == {"K=1", "K=4"}
