@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         "--margin", type=float, metavar="M", help=f"points that do not matter (default {compare.MARGIN})"
     )
     one.add_argument("--pool", action="store_true", help="compare although data or protocols differ")
+    one.add_argument(
+        "--study",
+        action="append",
+        metavar="ID",
+        help="which study of an MLflow store, by id or name; once for each store, in their order",
+    )
 
     one = command(
         "correlate",
@@ -131,7 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--difference", type=float, metavar="D", help="percentage points to be found")
     one.add_argument("--sd", type=float, metavar="S", help="standard deviation between runs, points")
-    one.add_argument("--pilot", type=Path, metavar="DIR", help="study whose spread within arms is --sd")
+    one.add_argument("--pilot", type=Path, metavar="PATH", help="study whose spread within arms is --sd")
+    one.add_argument("--study", metavar="ID", help="which study of a pilot in an MLflow store, by id or name")
+    one.add_argument(
+        "--pool",
+        action="store_true",
+        default=None,
+        help="of a pilot, take arms whose runs were measured under different protocols, too",
+    )
     one.add_argument(
         "--paired", action="store_true", default=None, help="runs come in pairs; --sd is of the differences"
     )
@@ -197,10 +211,11 @@ def _compare(options: argparse.Namespace) -> int:
             "sets go with --across"
         )
     studies.check_margin(margin)
-    a, b = (loaders.load(path) for path in paths)
-    for told in studies.alike([a, b], options.pool):
+    a, b = _loaded(options)
+    pairs = studies.pairs(a, b, options.arms)
+    for told in studies.alike([a, b], pairs, options.pool):
         print(told)
-    found = studies.hold(a, b, studies.pairs(a, b, options.arms), margin)
+    found = studies.hold(a, b, pairs, margin)
     tests = sum(held.adjusted_p is not None for held in found)
     for held in found:
         print(studies.render(held, tests))
@@ -211,8 +226,7 @@ def _over_datasets(options: argparse.Namespace) -> int:
     for option in ("arms", "published", "margin"):
         if getattr(options, option) is not None:
             raise ValueError(f"--{option} does not go with --across; leave it out")
-    samples = [loaders.load(path) for path in options.paths]
-    print(across.render(across.across(samples, options.pool)))
+    print(across.render(across.across(_loaded(options), options.pool)))
     return 0
 
 
@@ -224,15 +238,31 @@ def _published(options: argparse.Namespace) -> int:
     mean, sd, n = [*options.published, None, None][:3]
     if len(options.published) > 3 or (n is not None and n != int(n)):
         raise ValueError(f"--published {options.published} must be MEAN or MEAN SD N, N a whole number")
-    sample = loaders.load(options.paths[0])
-    for told in studies.alike([sample], options.pool):
-        print(told)
-    for arm in options.arms or sample.tables.arms:
+    (sample,) = _loaded(options)
+    arms = options.arms or sample.tables.arms
+    for arm in arms:
         studies.check_arm(sample, arm)
+    for told in studies.alike([sample], [[arm] for arm in arms], options.pool):
+        print(told)
+    for arm in arms:
         print(f"{arm}: {sample.endpoint}; whether the published one is alike, only its authors can say")
         print(f"  {studies.counted(sample, arm)}")
         print(studies.render_reproduction(*studies.reproduced(sample, arm, mean, sd, n and int(n))))
     return 0
+
+
+def _loaded(options: argparse.Namespace) -> list[Sample]:
+    """Samples of all paths, the studies of MLflow stores as --study names them."""
+    stores = sum(loaders.is_store(path) for path in options.paths)
+    if options.study is not None and len(options.study) != stores:
+        raise ValueError(
+            f"--study is given {count(len(options.study), 'time')}, and there are {stores} MLflow stores "
+            "(.db); give it once for each store, in their order, or never"
+        )
+    named = iter(options.study or [None] * stores)
+    return [
+        loaders.load(path, study=next(named) if loaders.is_store(path) else None) for path in options.paths
+    ]
 
 
 # Correlate
@@ -340,9 +370,9 @@ def _line(label: str, found: Estimate) -> str:
 
 
 _TAKES = {
-    "difference": {"sd", "pilot", "paired", "test"},
+    "difference": {"sd", "pilot", "study", "pool", "paired", "test"},
     "correlation": {"test"},
-    "n": {"sd", "pilot", "paired"},
+    "n": {"sd", "pilot", "study", "pool", "paired"},
     "budget": {"sds", "costs"},
 }
 """Options that go with each question of `plan`, but for alpha and power, which go with all."""
@@ -439,14 +469,30 @@ def _budget(options: argparse.Namespace) -> list[str]:
 
 def _spread(options: argparse.Namespace) -> tuple[float, list[str]]:
     """Standard deviation between runs, and what to say of it."""
+    if options.pilot is None and (options.study is not None or options.pool):
+        raise ValueError(
+            f"--{'pool' if options.pool else 'study'} goes with --pilot; give one, or leave it out"
+        )
     if (options.sd is None) == (options.pilot is None):
         raise ValueError(f"--{'n' if options.n else 'difference'} needs one of --sd and --pilot")
     if options.sd is not None:
         return float(options.sd), []
-    spread, df = findings.spread(loaders.load(options.pilot))
+    pilot = loaders.load(options.pilot, study=options.study)
+    pilot = replace(pilot, tables=summary.pooled(pilot.tables)) if options.pool else pilot
+    spread, df = findings.spread(pilot)
+    doubts = findings.spread_doubts(pilot)
+    left_out = f"left out: {findings.told(doubts)}" if doubts else ""
     if not spread:
-        raise ValueError(f"{options.pilot} has no two different finished runs in an arm; give --sd")
-    return spread, [f"standard deviation within arms {spread:.4g} points, {df} degrees of freedom"]
+        pool = " or --pool" if any("different protocols" in why for why in doubts.values()) else ""
+        why = f"; {left_out}" if doubts else ""
+        raise ValueError(
+            f"{options.pilot} has no two different finished runs in an arm that tell the spread{why}; give "
+            f"--sd{pool}"
+        )
+    return spread, [
+        f"standard deviation within arms {spread:.4g} points, {df} degrees of freedom",
+        *([left_out] if doubts else []),
+    ]
 
 
 # Runs

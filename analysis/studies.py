@@ -54,13 +54,18 @@ class Held:
         return f"{answer} pairs" if self.in_pairs and answer.startswith("undecided") else answer
 
 
-def alike(samples: Sequence[Sample], pool: bool = False) -> list[str]:
+def alike(samples: Sequence[Sample], arms: Sequence[Sequence[str]], pool: bool = False) -> list[str]:
     """Sentences on what is not known of how the errors were measured, and on what differs and is pooled.
+
+    Args:
+        samples: studies.
+        arms: whose errors are to be compared, one of each study; other arms have no say.
+        pool: whether errors are compared although data or protocols differ.
 
     Raises:
         ValueError: the endpoints differ; or data or protocols do, and `pool` does not ask for it.
     """
-    endpoints = dict.fromkeys(sample.endpoint.partition(", mean of up to")[0] for sample in samples)
+    endpoints = dict.fromkeys(sample.measured for sample in samples)
     if len(endpoints) > 1:
         raise ValueError(
             f"the endpoints differ: {' | '.join(endpoints)}; such errors cannot be compared, not even with "
@@ -73,11 +78,13 @@ def alike(samples: Sequence[Sample], pool: bool = False) -> list[str]:
         differing.append(f"data ({known})")
     elif hashes[0] is None:
         told.append("data: hash not recorded, so it is not known that all runs had the same data")
-    ended = pd.concat([sample.trials[sample.error.notna()] for sample in samples], ignore_index=True)
-    if not any(str(name).startswith("config.retrain.") for name in ended):
+    if not all(any(str(name).startswith("config.retrain.") for name in s.trials) for s in samples):
         told.append("protocol: not recorded, so it is not known that all runs were trained alike")
-    if found := summary.differing(ended):
-        differing.append(summary.told_protocols(found))
+    for compared in arms:
+        runs = [sample.tables.finals(arm) for sample, arm in zip(samples, compared, strict=True)]
+        if found := summary.differing(pd.concat(runs, ignore_index=True)):
+            differing.append(summary.told_protocols(found))
+    differing = list(dict.fromkeys(differing))
     if differing and not pool:
         raise ValueError(
             f"errors are not measured alike: {'; '.join(differing)}; --pool compares them all the same"
@@ -135,13 +142,14 @@ def _held(a: Sample, b: Sample, arms: tuple[str, str], margin: float) -> Held:
         return Held(arms, counts, None, None, None, None, False, None)
     finished = [set(sample.tables.finals(arm)["trial_id"]) for sample, arm in sides]
     same = len(finished[0] & finished[1])
-    pairs = _by_seed(*sides)
+    table = _by_seed(*sides)
+    pairs = None if isinstance(table, str) else table
     in_pairs = bool(same) and pairs is not None
     tables = [(sample.tables, arm) for sample, arm in sides]
-    # Of trials in pairs, what both sides share is no doubt: each side answers for itself.
-    doubts = [summary.doubt(side) for side in tables] if in_pairs else [summary.doubt(*tables)]
-    if same and not in_pairs:
-        doubts.append(f"{count(same, 'trial')} ran in both studies, and not all runs come in pairs")
+    # A trial that ran in both studies was retrained in both: each side answers for itself.
+    doubts = [summary.doubt(side) for side in tables] if same else [summary.doubt(*tables)]
+    if same and isinstance(table, str):
+        doubts.append(f"{count(same, 'trial')} ran in both studies, and {table}")
     return Held(
         arms=arms,
         counts=counts,
@@ -156,16 +164,16 @@ def _held(a: Sample, b: Sample, arms: tuple[str, str], margin: float) -> Held:
     )
 
 
-def _by_seed(*sides: tuple[Sample, str]) -> pd.DataFrame | None:
-    """Errors of both arms, `a` and `b`, by search seed; None where seeds repeat, or one arm lacks some."""
+def _by_seed(*sides: tuple[Sample, str]) -> pd.DataFrame | str:
+    """Errors of both arms, `a` and `b`, by search seed, or the reason why they do not come in pairs."""
     columns = []
     for sample, arm in sides:
-        table = findings.by_seed(sample)
-        if table is None or arm not in table:
-            return None
-        columns.append(table[arm].dropna())
+        table = findings.by_seed(sample, [arm])
+        if isinstance(table, str):
+            return table
+        columns.append(table[arm])
     if set(columns[0].index) != set(columns[1].index):
-        return None
+        return "not all runs come in pairs"
     return pd.concat(columns, axis=1, keys=["a", "b"])
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from analysis import loaders
 from analysis.__main__ import main
+from analysis.loaders import Sample
 from tests.analysis.conftest import end, epoch, genotype, start, write_rows, write_study, write_trial
 
 
@@ -209,6 +211,68 @@ def test_plan_counts_runs_and_divides_a_budget(study: Path, capsys: pytest.Captu
     assert "standard deviation within arms 1.202 points, 6 degrees of freedom" in capsys.readouterr().out
 
 
+def _retrained(folder: Path, epochs: dict[str, list[int]], status: str = "completed") -> Path:
+    """A study whose runs, by arm, were retrained for so many epochs; the last of each arm has the status."""
+    study = write_study(folder, preset="tiny", arms=list(epochs), baseline=None, reference=None)
+    for arm, values in epochs.items():
+        for seed, value in enumerate(values):
+            row = start(f"{arm[-1]}-{seed}", arm, seed)
+            row["config"]["retrain"] = {"epochs": value}
+            last = status if seed == len(values) - 1 else "completed"
+            error = int(arm[-1]) / 10 + seed**2 / 100 if last == "completed" else None
+            found = genotype(seed % 4) if last == "completed" else None
+            write_rows(study, [row, end(row["trial"], last, error, genotype=found)])
+    return study
+
+
+def test_plan_takes_the_spread_of_arms_that_differ_in_their_retraining(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = _retrained(tmp_path / "swept", {"K=1": [3] * 3, "K=4": [5] * 3})
+    assert main(["plan", "--difference", "1", "--pilot", str(swept)]) == 0
+    # 0, 1 and 4 points of each arm: a variance of 13/3.
+    assert "standard deviation within arms 2.082 points, 4 degrees" in capsys.readouterr().out
+
+
+def test_plan_gives_the_true_reason_why_a_pilot_has_no_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = _retrained(tmp_path / "stopped", {"K=1": [3] * 3}, status="pruned")
+    assert main(["plan", "--difference", "1", "--pilot", str(stopped)]) == 2
+    said = capsys.readouterr().err
+    assert "left out: 1 of its 3 runs was stopped early" in said
+    assert said.endswith("(K=1); give --sd\n")
+    mixed = _retrained(tmp_path / "mixed", {"K=1": [3, 4, 5], "K=4": [3, 4, 3]})
+    assert main(["plan", "--difference", "1", "--pilot", str(mixed)]) == 2
+    said = capsys.readouterr().err
+    assert "measured under different protocols (config.retrain.epochs: 3, 4, 5) (K=1)" in said
+    assert said.endswith("give --sd or --pool\n")
+    assert main(["plan", "--n", "3", "--pilot", str(mixed), "--pool"]) == 0
+    assert "within arms 2.082 points, 4 degrees" in capsys.readouterr().out
+
+
+def test_studies_of_a_store_are_named_in_their_order(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "runs.db"
+    store.touch()
+    asked = []
+
+    def load(path: Path, *, study: str | None = None) -> Sample:
+        asked.append((path.name, study))
+        return loaders.from_study(folder)
+
+    folder = study
+    monkeypatch.setattr(loaders, "load", load)
+    assert main(["compare", str(store), str(study), str(store), "--study", "a", "--study", "b", "--across"])
+    assert asked == [("runs.db", "a"), ("study", None), ("runs.db", "b")]
+    assert main(["compare", str(store), str(store), "--study", "a"]) == 2
+    assert "--study is given 1 time, and there are 2 MLflow stores" in capsys.readouterr().err
+    asked.clear()
+    assert main(["plan", "--difference", "1", "--pilot", str(store), "--study", "a"]) == 0
+    assert asked == [("runs.db", "a")]
+
+
 def test_plan_says_what_a_number_of_runs_finds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--n", "4", "--sd", "0.5"]) == 0
     printed = capsys.readouterr().out
@@ -234,6 +298,9 @@ def test_plan_simulates_other_tests(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "give one of --difference, --correlation and --budget"),
         (["--difference", "1"], "--difference needs one of --sd and --pilot"),
+        (["--difference", "1", "--sd", "1", "--pool"], "--pool goes with --pilot"),
+        (["--difference", "1", "--sd", "1", "--study", "a"], "--study goes with --pilot"),
+        (["--correlation", "0.4", "--study", "a"], "--study does not go with --correlation"),
         (["--budget", "9"], "--budget needs --sds SEARCH RETRAIN and --costs"),
         (["--correlation", "2"], "must lie between 0 and 1"),
         (["--difference", "0", "--sd", "1"], "--difference 0 must be above 0"),

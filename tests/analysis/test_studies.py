@@ -56,7 +56,28 @@ def test_trials_of_both_studies_that_do_not_come_in_pairs_get_no_verdict(tmp_pat
     held = studies.hold(a, b, [("K=1", "K=1")])[0]
     assert held.verdict == "no verdict"
     assert held.p is None
-    assert "share" in (held.doubt or "") or "ran in both studies" in (held.doubt or "")
+    assert held.doubt == "2 trials ran in both studies, and not all runs come in pairs"
+    twice = replace(a, tables=replace(a.tables, trials=a.trials.assign(search_seed=0)))
+    held = studies.hold(twice, twice, [("K=1", "K=1")])[0]
+    assert held.doubt == "4 trials ran in both studies, and search seeds repeat within an arm (K=1)"
+
+
+def test_what_other_arms_were_measured_by_has_no_say(tmp_path: Path) -> None:
+    a, b = sample(tmp_path / "a", A), sample(tmp_path / "b", B)
+
+    def retrained(one: Sample, **epochs: int) -> Sample:
+        """The study with its arms retrained for so many epochs, K=1 first."""
+        trials = one.trials.assign(**{"config.retrain.epochs": one.trials["arm"].map({**epochs})})
+        return loaders.of_tables(replace(one.tables, trials=trials), {})
+
+    a, b = retrained(a, **{"K=1": 3, "K=4": 5}), retrained(b, **{"K=1": 3, "K=4": 6})
+    assert not any("pooled" in told for told in studies.alike([a, b], [("K=1", "K=1")]))
+    with pytest.raises(ValueError, match=r"config\.retrain\.epochs: 5, 6.*--pool"):
+        studies.alike([a, b], [("K=4", "K=4")])
+    assert "pooled over differing" in studies.alike([a, b], [("K=4", "K=4")], pool=True)[-1]
+    for held, arm in zip(studies.hold(a, b, studies.pairs(a, b, None)), A, strict=True):
+        assert (held.in_pairs, held.doubt) == (True, None)
+        assert held.p == pytest.approx(stats.ttest_rel(A[arm], B[arm]).pvalue)
 
 
 def test_one_doubted_arm_takes_the_verdict_and_leaves_the_family(tmp_path: Path) -> None:
@@ -87,20 +108,20 @@ def test_each_study_answers_for_its_own_doubts(tmp_path: Path, fields: dict[str,
 def test_what_is_not_known_of_the_data_is_said_and_what_differs_is_refused(tmp_path: Path) -> None:
     plain = sample(tmp_path / "plain", {"K=1": [0.1, 0.2]})
     known = sample(tmp_path / "known", {"K=1": [0.1, 0.2]}, provenance={"data_sha256": "a" * 64})
-    assert any("hash not recorded" in told for told in studies.alike([plain, plain]))
-    assert any("protocol: not recorded" in told for told in studies.alike([plain, plain]))
-    assert not any("hash" in told for told in studies.alike([known, known]))
+    assert any("hash not recorded" in told for told in studies.alike([plain, plain], [("K=1", "K=1")]))
+    assert any("protocol: not recorded" in told for told in studies.alike([plain, plain], [("K=1", "K=1")]))
+    assert not any("hash" in told for told in studies.alike([known, known], [("K=1", "K=1")]))
     with pytest.raises(ValueError, match=r"data \(unknown and aaaaaaaaaaaa\).*--pool"):
-        studies.alike([plain, known])
-    assert "pooled over differing data" in studies.alike([plain, known], pool=True)[-1]
+        studies.alike([plain, known], [("K=1", "K=1")])
+    assert "pooled over differing data" in studies.alike([plain, known], [("K=1", "K=1")], pool=True)[-1]
 
 
 def test_another_endpoint_is_refused_even_pooled(tmp_path: Path) -> None:
     last = sample(tmp_path / "a", {"K=1": [0.1, 0.2]})
-    best = replace(last, endpoint="test error, the best over its epochs")
+    best = replace(last, measured="test error, the best over its epochs")
     with pytest.raises(ValueError, match="endpoints differ"):
-        studies.alike([last, best], pool=True)
-    studies.alike([last, replace(last, endpoint=f"{last.endpoint}, mean of up to 3 retrainings")])
+        studies.alike([last, best], [("K=1", "K=1")], pool=True)
+    studies.alike([last, replace(last, retrainings=3)], [("K=1", "K=1")])
 
 
 def test_a_published_figure_is_held_against_a_new_run(tmp_path: Path) -> None:
