@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from analysis import (
     across,
@@ -24,7 +23,7 @@ from analysis import (
 from analysis.findings import MetricFinding
 from analysis.loaders import Sample
 from analysis.planning import Plan
-from analysis.resample import Array, Draws, Estimate, count
+from analysis.resample import Draws, Estimate, count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -338,27 +337,11 @@ def _corrected(one: MetricFinding) -> list[str]:
 
 def _against(sample: Sample, one: MetricFinding, other: str, draws: Draws) -> list[str]:
     """Lines on whether a metric goes more with the error than another, which two intervals do not tell."""
-    error: Array = np.asarray(sample.error, dtype=np.float64)
-    first, second = (_of_range_one(sample.metrics[name]) for name in (one.name, other))
-    arms, units = sample.trials["arm"].tolist(), sample.units.tolist()
     lines = [f"tau-b of {one.name} less that of {other}, on the same rows, resampled together:"]
-    for label, groups in (("within arms", arms), ("pooled", None)):
-        found, turned = (
-            correlate.compare_metrics(first, side, error, groups=groups, units=units, draws=draws)
-            for side in (second, -second)
-        )
-        # Of signed associations a - b is the larger in size, and a + b the smaller, where the signs differ.
-        if abs(turned.value or 0.0) < abs(found.value or 0.0):
-            found = turned.restricted(f"{other} turned round, as it goes the other way")
-        lines.append(_line(label, found.restricted("survivors only" if one.pruned is not None else None)))
+    for over in ("within arms", "pooled"):
+        found = findings.against(sample, one.name, other, draws, over=over)
+        lines.append(_line(over, found.restricted("survivors only" if one.pruned is not None else None)))
     return lines
-
-
-def _of_range_one(metric: "pd.Series[float]") -> Array:
-    """A metric of a small range scaled to one, so that its values are told apart; ranks stay as they are."""
-    values: Array = np.asarray(metric, dtype=np.float64)
-    span = float(np.ptp(values[np.isfinite(values)]))
-    return values / min(span, 1.0) if span > 0 else values
 
 
 def _line(label: str, found: Estimate) -> str:

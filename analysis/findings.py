@@ -1331,10 +1331,7 @@ def _detail(sample: Sample, one: MetricFinding, draws: Draws) -> Detail:
     over = gain = None
     size = sample.metrics["params_m"] if "params_m" in sample.metrics and one.name != "params_m" else None
     if size is not None and not _constant(size[rows]) and one.overall.n_unique >= _ENOUGH:
-        own, other = (_turned(side, y, arms) for side in (x, np.asarray(size[rows], dtype=np.float64)))
-        over = correlate.compare_metrics(
-            own, other, y, groups=arms, units=within, resolution=step, draws=fewer
-        )
+        over = against(sample, one.name, "params_m", fewer)
         gain = correlate.predictive_gain(x, 100 * y, {"params_m": size[rows]}, units=units, draws=fewer)
     groupings = {
         name.removeprefix("axes."): correlate.by_group(
@@ -1352,16 +1349,45 @@ def _detail(sample: Sample, one: MetricFinding, draws: Draws) -> Detail:
     )
 
 
-def _turned(metric: Array, error: Array, arms: Sequence[str]) -> Array:
-    """The metric, turned round where it falls with the error within arms."""
-    group = resample.codes(arms, len(arms), "arms")
-    members = [np.flatnonzero(group == arm) for arm in range(int(group.max()) + 1)]
-    ranks = (
-        resample.dense_ranks(metric, _resolution(metric)),
-        resample.dense_ranks(error, resample.RESOLUTION),
-    )
-    falls = resample.within_tau_kernel(*ranks, members)(np.ones((1, len(metric))))[0] < 0
-    return -metric if falls else metric
+def against(
+    sample: Sample,
+    name: str,
+    other: str,
+    draws: Draws,
+    *,
+    over: Literal["within arms", "pooled"] = "within arms",
+) -> Estimate:
+    """Tau-b of one metric with the error less that of another, on the rows that have both, drawn together.
+
+    A metric that falls with the error is turned round first, so what is above 0 speaks for the first one.
+    """
+    within = over == "within arms"
+    units = (_within(sample)[0] if within else sample.units).tolist()
+    arms = sample.trials["arm"] if within else None
+    table = np.stack([sample.metrics[name], sample.metrics[other], sample.error], axis=1).astype(np.float64)
+    rows: Any = np.isfinite(table).all(axis=1)
+    error, groups = table[:, 2], None if arms is None else arms[rows].tolist()
+    sides: list[Array] = []
+    turned: list[str] = []
+    for label, values in zip((name, other), table.T[:2], strict=True):
+        ranks = np.full(len(error), np.nan)  # a step that suits one metric may be all of the other's range
+        ranks[rows] = resample.dense_ranks(values[rows], _resolution(values[rows]))
+        falls = _falls(ranks[rows], error[rows], groups)
+        sides.append(-ranks if falls else ranks)
+        turned += [label] if falls else []
+    labels = None if arms is None else arms.tolist()
+    found = correlate.compare_metrics(sides[0], sides[1], error, groups=labels, units=units, draws=draws)
+    which = " and ".join(turned)
+    return found.restricted(f"{which} turned round, as it goes the other way" if turned else None)
+
+
+def _falls(ranks: Array, error: Array, arms: Sequence[str] | None) -> bool:
+    """Whether a metric falls as the error rises, within arms if these are given."""
+    group = resample.codes(arms, len(ranks), "arms") if arms is not None else np.zeros(len(ranks), np.intp)
+    members = [np.flatnonzero(group == arm) for arm in range(int(group.max(initial=-1)) + 1)]
+    level, errors = (resample.dense_ranks(side, resample.RESOLUTION) for side in (ranks, error))
+    kernel = resample.within_tau_kernel(level, errors, members)
+    return bool(kernel(np.ones((1, len(error))))[0] < 0)
 
 
 def _groupings(sample: Sample, rows: Any) -> list[str]:

@@ -397,6 +397,39 @@ def test_a_metric_that_is_size_in_disguise_says_no_more_than_size() -> None:
     assert found["params_m"].over_size is None
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_one_metric_says_more_than_another_has_no_unit_and_no_direction(sign: int) -> None:
+    draw = np.random.default_rng(10)
+    error, good, poor = (draw.random(20) for _ in range(3))
+    good = error + 0.3 * good
+    runs = made({"a": error[:10], "b": 0.5 + error[10:]}, good=sign * 1e9 * good, poor=1e-9 * (poor - 0.5))
+    final = runs.error.to_numpy()
+    expected = {
+        "pooled": [abs(stats.kendalltau(x, final).statistic) for x in (good, poor)],
+        "within arms": [
+            abs(sum(stats.kendalltau(x[half], final[half]).statistic for half in (slice(10), slice(10, 20))))
+            / 2
+            for x in (good, poor)
+        ],
+    }
+    for over in ("pooled", "within arms"):
+        found = findings.against(runs, "good", "poor", QUICK, over=over)  # type: ignore[arg-type]
+        assert found.value == pytest.approx(expected[over][0] - expected[over][1])
+        assert ("good" in str(found.restriction)) == (sign < 0)
+        back = findings.against(runs, "poor", "good", QUICK, over=over)  # type: ignore[arg-type]
+        assert back.value == pytest.approx(-found.value)
+
+
+@pytest.mark.parametrize("over", ["pooled", "within arms"])
+def test_a_metric_that_is_nowhere_finite_is_no_better_than_another(over: Any) -> None:
+    runs = made({"a": [0.1, 0.2, 0.3], "b": [0.2, 0.3, 0.4]}, good=range(6))
+    runs = replace(runs, metrics=runs.metrics.assign(lost=np.inf))
+    for names in (("good", "lost"), ("lost", "good")):
+        found = findings.against(runs, *names, QUICK, over=over)
+        assert found.value is None
+        assert "fewer than 3" in str(found.restriction)
+
+
 def test_random_search_of_a_whole_space_is_exact() -> None:
     draw = np.random.default_rng(7)
     error = draw.random(30)
