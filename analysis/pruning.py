@@ -179,7 +179,7 @@ def association(
         metric: of all runs, e.g. at the first rung; rows without it are counted and left out.
         error: final error, NaN for runs that were stopped or failed.
         probability: with which each run was to get its final error, recorded when that was decided: 1 for
-            runs that no rule stopped, and see `completion_probability` for several rungs. None if nothing was
+            runs that no rule stopped, the product over rungs where there are several. None if nothing was
             recorded. It is needed where there is a final error; of a stopped run, one that is 0 or not known
             means that the study has no such design.
         stopped: whether a rule stopped the run. Runs with the metric and without a final error that did not
@@ -279,26 +279,6 @@ def weighted_tau(
     kernel = resample.tau_kernel(dense_ranks(a, resolution), dense_ranks(b, resolution), w)
     value = float(kernel(np.ones((1, len(a))))[0])
     return value if math.isfinite(value) else None
-
-
-def completion_probability(conditional: ArrayLike) -> Array:
-    """Probability of a final error from those at each rung, (runs, rungs): their product.
-
-    A rung whose rule did not stop the run, or that it was exempt from, counts 1; a run stopped before a rung
-    was never decided on there, so its later entries may be NaN.
-    """
-    table = np.asarray(conditional, dtype=np.float64)
-    if table.ndim != 2:
-        raise ValueError(
-            f"conditional has {table.ndim} dimensions; give one row per run, one column per rung"
-        )
-    wrong = (table <= 0) | (table > 1)
-    if wrong.any():
-        raise ValueError(
-            f"probability {table[wrong][0]} must lie in (0, 1]; runs that cannot finish have none"
-        )
-    product: Array = np.nanprod(table, axis=1)
-    return product
 
 
 def tau_bounds(x: ArrayLike, y: ArrayLike, resolution: float = RESOLUTION) -> tuple[float, float] | None:

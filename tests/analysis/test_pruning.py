@@ -14,7 +14,6 @@ from scipy import stats
 from analysis import resample
 from analysis.pruning import (
     association,
-    completion_probability,
     failure_dependence,
     inverse_probability,
     tau_bounds,
@@ -421,13 +420,6 @@ def test_probabilities_of_finals_are_checked(wrong: float) -> None:
 def test_a_certain_final_must_be_there() -> None:
     with pytest.raises(ValueError, match="has probability 1, so it should have one"):
         association([1, 2, 3], [1, np.nan, 3], probability=[1, 1, 1])
-
-
-def test_probabilities_of_rungs_multiply() -> None:
-    found = completion_probability([[1, 1], [0.15, 1], [0.15, 0.2], [0.15, np.nan]])
-    assert found == pytest.approx([1, 0.15, 0.03, 0.15])
-    with pytest.raises(ValueError, match=r"probability 0\.0 must lie in"):
-        completion_probability([[0.0]])
 
 
 # Bounds
