@@ -518,7 +518,7 @@ def _best_epoch(curve: EpochCurve) -> str:
 def profiles(sample: Sample, found: Findings) -> Result:
     """Share of runs above each normalised score, by arm."""
     if not found.profiles:
-        return "no random arm to normalise by, or no arm better than its mean"
+        return found.shared or "no random arm to normalise by, or no arm better than its mean"
     arms = [arm for arm in found.profiles if arm != sample.tables.baseline]
     random = found.profiles.get(str(sample.tables.baseline))
     figure = blank("", 0.7 + 1.75 * math.ceil(len(arms) / 3))
@@ -587,7 +587,7 @@ def profiles(sample: Sample, found: Findings) -> Result:
 def improvement(sample: Sample, found: Findings) -> Result:
     """Probability that a run of an arm beats a random one."""
     if not found.improvement:
-        return "no random arm to compare with"
+        return found.shared or "no random arm to compare with"
     figure = blank("", 1.2 + 0.36 * len(found.improvement))
     axes = figure.add_subplot()
     for place, estimate in enumerate(found.improvement.values()):
