@@ -717,7 +717,9 @@ def spread_doubts(sample: Sample) -> dict[str, str]:
     """By arm with finished runs, why these say nothing of the spread between independent runs, if so."""
     tables = sample.tables
     used = [arm for arm in tables.arms if len(tables.finals(arm))]
-    found = {arm: summary.dependence(tables, arm) or summary.protocols(tables, arm) for arm in used}
+    # Where retrainings of one search differ, its row does not tell, and no arm is known to be measured alike.
+    hidden = unlike(sample) if summary.differing(tables.finals()) != sample.protocols else None
+    found = {arm: summary.dependence(tables, arm) or summary.protocols(tables, arm) or hidden for arm in used}
     return {arm: why for arm, why in found.items() if why}
 
 

@@ -205,6 +205,15 @@ def test_arms_of_different_protocols_are_not_compared() -> None:
     assert all(one.comparison is not None for one in asked.versus)
 
 
+def test_retrainings_of_one_search_that_differ_leave_no_spread() -> None:
+    searches = [f"s{row // 2}" for row in range(8)]
+    runs = made({"a": np.arange(1, 9) / 10}, search_id=searches, **{"config.retrain.epochs": [3, 4] * 4})
+    assert findings.spread(runs) == (None, 0)
+    assert "config.retrain.epochs: 3, 4" in findings.spread_doubts(runs)["a"]
+    alike = made({"a": np.arange(1, 9) / 10}, search_id=searches, **{"config.retrain.epochs": 3})
+    assert findings.spread(alike) == (pytest.approx(np.std([15, 35, 55, 75], ddof=1)), 3)
+
+
 # Declared metrics
 
 
