@@ -648,6 +648,13 @@ def by_group(
     )
 
 
+def apart(a: Estimate, b: Estimate) -> bool:
+    """Whether two intervals have nothing in common; False where one is missing."""
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return False
+    return a.low > b.high or b.low > a.high
+
+
 def _simpson(pooled: Estimate, within: Estimate) -> str | None:
     if pooled.value is None or within.value is None:
         return None

@@ -23,9 +23,10 @@ from scipy import stats
 
 from analysis import agreement, cells, planning, plots
 from analysis.compare import mean_interval
-from analysis.correlate import EpochAssociation
+from analysis.correlate import EpochAssociation, apart
 from analysis.findings import EpochCurve, Findings, MetricFinding, by_seed, pareto, ranked, swept, told
 from analysis.loaders import Sample
+from analysis.mixed import tau_ceiling
 from analysis.plots import BLUE, GREY, INK, PALE, VERMILION, blank, legend
 from analysis.resample import Estimate, count
 from nas.genotype import OPERATIONS
@@ -108,14 +109,15 @@ def flow(sample: Sample, found: Findings) -> Result:
         "completed without a final error": counts.n_missing,
     }
     lost = [f"{number:,} {name}" for name, number in losses.items()]
+    if counts.n_not_started is not None:
+        _box(axes, 7.4, steps[0][1], f"{counts.n_not_started:,} planned, never started", GREY)
     axes.annotate("", (5.1, 3.2), (2.6, 3.2), arrowprops={"arrowstyle": "-|>", "color": INK})
     _box(axes, 7.4, 3.2, "\n".join(lost), VERMILION if sum(losses.values()) else GREY, 4.5, 1.9)
-    data = pd.DataFrame(
-        {
-            "stage": ["rows", "total", *losses, "used", "unique"],
-            "n": [counts.n_rows, counts.n_total, *losses.values(), counts.n_used, counts.n_unique],
-        }
-    )
+    rows = {"rows": counts.n_rows, "total": counts.n_total, **losses}
+    rows |= {"used": counts.n_used, "unique": counts.n_unique}
+    if counts.n_not_started is not None:
+        rows["planned, never started"] = counts.n_not_started
+    data = pd.DataFrame({"stage": list(rows), "n": list(rows.values())})
     return Drawing(
         "flow",
         "What became of the runs.",
@@ -231,18 +233,7 @@ def scatter(one: MetricFinding, sample: Sample, found: Findings) -> Result:
 
     Stopped runs, which have a metric and no error, are hollow at the upper edge.
     """
-    table = pd.DataFrame(
-        {
-            "trial_id": sample.trials["trial_id"],
-            "arm": sample.trials["arm"],
-            "status": sample.trials["status"],
-            "search_seed": sample.trials["search_seed"] if "search_seed" in sample.trials else 0,
-            "metric": sample.metrics[one.name],
-            "error_percent": 100 * sample.error,
-        }
-    )
-    final = np.isfinite(table["error_percent"])
-    table = table[np.isfinite(table["metric"]) & (final | (table["status"] == "pruned"))]
+    table = _scatter_rows(one, sample)
     final = np.isfinite(table["error_percent"])
     used, stopped = table[final], table[~final]
     if len(used) < 3:
@@ -256,32 +247,11 @@ def scatter(one: MetricFinding, sample: Sample, found: Findings) -> Result:
     many = len(table) > _MANY_POINTS
     markers = _seed_markers(table["search_seed"])
     for arm in arms:
-        for seed, part in used[used["arm"] == arm].groupby("search_seed", dropna=False):
-            axes.scatter(
-                part["metric"],
-                part["error_percent"],
-                s=6 if many else 30,
-                color=colours[arm],
-                marker=markers.get(seed, "o"),
-                alpha=0.35 if many else 0.8,
-                linewidth=0,
-                rasterized=many,
-            )
         runs = used[used["arm"] == arm]
+        _finished(axes, runs, colours[arm], markers, many=many)
         _trend(axes, runs["metric"], runs["error_percent"], colours[arm], "-", 1.4)
     _trend(axes, used["metric"], used["error_percent"], INK, (0, (5, 3)), 1.2)
-    for (arm, seed), part in stopped.groupby(["arm", "search_seed"], dropna=False):
-        axes.scatter(
-            part["metric"],
-            np.ones(len(part)),
-            s=26,
-            facecolor="none",
-            edgecolor=colours[arm],
-            marker=markers.get(seed, "o"),
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-            zorder=5,
-        )
+    _stopped(axes, stopped, colours, markers)
     cut = ""
     if many:
         axes.set_ylim(top=float(used["error_percent"].quantile(0.995)))
@@ -316,7 +286,7 @@ def scatter(one: MetricFinding, sample: Sample, found: Findings) -> Result:
     _wrapped_legend(figure, handles)
     most = tau_ceiling(found.ceiling)
     ceiling = (
-        " No noise ceiling: one training per network."
+        f" Noise ceiling not known: {most.restriction}."
         if most.value is None
         else f" Noise ceiling of tau-b, under normality: {_number(most)}."
     )
@@ -329,6 +299,54 @@ def scatter(one: MetricFinding, sample: Sample, found: Findings) -> Result:
         figure,
         table,
     )
+
+
+def _scatter_rows(one: MetricFinding, sample: Sample) -> pd.DataFrame:
+    """Rows that have the metric and either a final error or were stopped."""
+    table = pd.DataFrame(
+        {
+            "trial_id": sample.trials["trial_id"],
+            "arm": sample.trials["arm"],
+            "status": sample.trials["status"],
+            "search_seed": sample.trials["search_seed"] if "search_seed" in sample.trials else 0,
+            "metric": sample.metrics[one.name],
+            "error_percent": 100 * sample.error,
+        }
+    )
+    wanted = np.isfinite(table["error_percent"]) | (table["status"] == "pruned")
+    rows: pd.DataFrame = table[np.isfinite(table["metric"]) & wanted]
+    return rows
+
+
+def _finished(axes: Axes, runs: pd.DataFrame, colour: Any, markers: Mapping[Any, str], *, many: bool) -> None:
+    """Runs of an arm, with a marker by search seed."""
+    for seed, part in runs.groupby("search_seed", dropna=False):
+        axes.scatter(
+            part["metric"],
+            part["error_percent"],
+            s=6 if many else 30,
+            color=colour,
+            marker=markers.get(seed, "o"),
+            alpha=0.35 if many else 0.8,
+            linewidth=0,
+            rasterized=many,
+        )
+
+
+def _stopped(axes: Axes, runs: pd.DataFrame, colours: Mapping[str, Any], markers: Mapping[Any, str]) -> None:
+    """Runs without a final error, hollow at the upper edge."""
+    for (arm, seed), part in runs.groupby(["arm", "search_seed"], dropna=False):
+        axes.scatter(
+            part["metric"],
+            np.ones(len(part)),
+            s=26,
+            facecolor="none",
+            edgecolor=colours[str(arm)],
+            marker=markers.get(seed, "o"),
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            zorder=5,
+        )
 
 
 def groups(one: MetricFinding, sample: Sample, found: Findings) -> Result:
@@ -577,11 +595,16 @@ def profiles(sample: Sample, found: Findings) -> Result:
     return Drawing(
         "profiles",
         "Performance profiles.",
-        f"n = {found.counts.n_used:,} runs, by arm in each panel; bands: 95 %, pointwise. Share of runs "
+        f"n = {_n_scored(found):,} runs, by arm in each panel; bands: 95 %, pointwise. Share of runs "
         f"better than the mean of random: {'; '.join(above)}.{f' {_sentence(note)}' if note else ''}",
         figure,
         pd.concat(rows),
     )
+
+
+def _n_scored(found: Findings) -> int:
+    """Runs that have a normalised score, those of the random arm included."""
+    return sum(profile.n for profile in found.profiles.values())
 
 
 def improvement(sample: Sample, found: Findings) -> Result:
@@ -606,7 +629,7 @@ def improvement(sample: Sample, found: Findings) -> Result:
     return Drawing(
         "improvement",
         "Probability of improvement over random.",
-        f"n = {found.counts.n_used:,} runs, by pair at the left; 95 % intervals, none where a side has one "
+        f"n = {_n_scored(found):,} runs, by pair at the left; 95 % intervals, none where a side has one "
         f"or two runs. {_named_estimates(found.improvement)}; the dashed line is no difference.",
         figure,
         pd.DataFrame(rows),
@@ -682,7 +705,11 @@ def seeds(sample: Sample, found: Findings) -> Result:
         return table
     if len(table) < 2 or len(table.columns) < 2:
         return "fewer than 2 seeds shared by at least 2 arms"
-    rank = table.rank(axis=1)
+    whole = table.dropna()
+    if len(whole) < 2:
+        return "fewer than 2 seeds shared by all arms that have usable runs"
+    # Ranks among other arms than all are no ranks to compare from seed to seed.
+    rank = whole.rank(axis=1).reindex(table.index)
     figure = blank("", 3.6)
     left, right = figure.subplots(1, 2, sharex=True)
     colours = _colours([str(arm) for arm in table], sample)
@@ -705,20 +732,20 @@ def seeds(sample: Sample, found: Findings) -> Result:
             for arm, m in zip(table, MARKERS * 5, strict=False)
         ],
     )
-    whole = table.dropna()
     w = ""
-    if len(whole) > 1 and whole.shape[1] > 1:
-        ordered = [errors for _, errors in whole.iterrows() if errors.nunique() > 1]
-        pairs = [stats.spearmanr(a, b).statistic for a, b in itertools.combinations(ordered, 2)]
-        if pairs:
-            w = (
-                " Mean Spearman correlation of the arms' order between two seeds: "
-                f"{np.mean(pairs):+.2f} over {len(pairs)} pairs of seeds, without an interval."
-            )
+    ordered = [errors for _, errors in whole.iterrows() if errors.nunique() > 1]
+    pairs = [stats.spearmanr(a, b).statistic for a, b in itertools.combinations(ordered, 2)]
+    if pairs:
+        w = (
+            " Mean Spearman correlation of the arms' order between two seeds: "
+            f"{np.mean(pairs):+.2f} over {len(pairs)} pairs of seeds, without an interval."
+        )
+    partly = len(table) - len(whole)
+    lost = f" {count(partly, 'seed')} more that some arm lacks: errors without ranks." if partly else ""
     return Drawing(
         "seeds",
         "Errors and ranks, seed by seed.",
-        f"n = {len(table)} seeds of {len(table.columns)} arms.{w}",
+        f"n = {len(whole)} seeds shared by {len(table.columns)} arms.{lost}{w}",
         figure,
         table.reset_index(),
     )
@@ -728,6 +755,8 @@ def interaction(sample: Sample, found: Findings) -> Result:
     """Final error over each pair of axes of a sweep that have few levels, with every run."""
     if sample.tables.study.get("joint"):
         return "a joint search chose its settings itself: they are no grid whose cells could be compared"
+    if found.unlike is not None:
+        return found.unlike
     names = [name for name in swept(sample) if sample.trials[name].nunique() <= _MOST_LEVELS]
     if len(names) < 2:
         return f"fewer than two axes of at most {_MOST_LEVELS} levels are varied"
@@ -743,24 +772,33 @@ def interaction(sample: Sample, found: Findings) -> Result:
     pairs = pairs[:_MOST_PAIRS]
     figure = blank("", 0.4 + 2.9 * len(pairs))
     panels = figure.subplots(len(pairs), 1, squeeze=False)[:, 0]
-    rows = [_crossed(axes, *pair) for axes, pair in zip(panels, pairs, strict=True)]
+    doubts = {found.doubts[arm] for *_, drawn in pairs for arm in drawn["arm"] if arm in found.doubts}
+    rows = [_crossed(axes, *pair, intervals=not doubts) for axes, pair in zip(panels, pairs, strict=True)]
     data = pd.concat(rows)
     cells = data.drop_duplicates(["x", "x_level", "line", "line_level"])
     best = cells.sort_values("mean").iloc[0]
     where = " and ".join(f"{_axis(best[name])} = {best[f'{name}_level']}" for name in ("x", "line"))
     more = f" {count(left_out, 'pair')} of axes more in the tables." if left_out > 0 else ""
+    if len(swept(sample)) > 2:
+        more = f" Each cell is over all levels of the other axes.{more}"
+    if doubts:
+        more += f" No intervals: {'; '.join(sorted(doubts))}."
+        means, end = "means", ""
+    else:
+        means = "means with 95 % t intervals, none of a cell of one run"
+        end = f" {_ends(best['low'], best['high'])}"
     return Drawing(
         "interaction",
         f"{', '.join(f'{_axis(x)} by {_axis(line)}' for x, line, _ in pairs)}.",
-        f"n = {data['trial_id'].nunique()} runs, each a dot with a marker by search seed; means with 95 % t "
-        "intervals, none of a cell of one run; n of each cell below, in the order of the lines. Lowest mean: "
-        f"{where}, {best['mean']:.2f} % {_ends(best['low'], best['high'])}, n = {best['n']}.{more}",
+        f"n = {data['trial_id'].nunique()} runs, each a dot with a marker by search seed; {means}; n of each "
+        f"cell below, in the order of the lines. Lowest mean: {where}, {best['mean']:.2f} %{end}, "
+        f"n = {best['n']}.{more}",
         figure,
         data,
     )
 
 
-def _crossed(axes: Axes, x: str, line: str, runs: pd.DataFrame) -> pd.DataFrame:
+def _crossed(axes: Axes, x: str, line: str, runs: pd.DataFrame, *, intervals: bool) -> pd.DataFrame:
     """Draw the runs of two crossed axes, with a line per level of the second; returns a row per run."""
     levels, lines = (sorted(runs[name].unique(), key=_in_order) for name in (x, line))
     markers, parts = _seed_markers(runs["search_seed"]), []
@@ -784,6 +822,7 @@ def _crossed(axes: Axes, x: str, line: str, runs: pd.DataFrame) -> pd.DataFrame:
                     linewidth=0,
                 )
             mean = mean_interval(cell["error_percent"])
+            mean = mean if intervals else replace(mean, low=None, high=None)
             places.append(at + shift)
             means.append(mean)
             parts.append(
@@ -825,9 +864,10 @@ def variance(sample: Sample, found: Findings) -> Result:
     told = ""
     icc = found.components.icc
     if icc.value is not None and found.components.between is not None and found.components.within is not None:
+        total = found.components.between + found.components.within or 1.0
         parts = [
-            ("between networks", found.components.between),
-            ("between trainings of one network", found.components.within),
+            ("between networks", found.components.between / total),
+            ("between trainings of one network", found.components.within / total),
         ]
         told = f"n = {icc.n:,} trainings of {icc.n_units:,} networks; ICC {_number(icc)}."
     elif found.sweep is not None and found.sweep.residual_share is not None:
@@ -835,23 +875,28 @@ def variance(sample: Sample, found: Findings) -> Result:
             ("residual", found.sweep.residual_share)
         ]
         told = f"n = {found.sweep.n} runs; type II shares of the sum of squares, without intervals."
+        total = sum(share for _, share in parts)
+        if abs(total - 1) > 5e-4:
+            told += (
+                f" They add up to {100 * total:.1f} %: runs are not balanced over the axes, so part of the "
+                "sum of squares belongs to no axis alone."
+            )
     if not parts:
-        return "one training per network and no swept axis: the variance cannot be divided"
-    total = sum(value for _, value in parts) or 1.0
+        return f"{icc.restriction}, and no sweep of independent runs divides the variance"
     figure = blank("", 1.2)
     axes = figure.add_subplot()
     start = 0.0
-    for (_, value), colour in zip(parts, COLOURS, strict=False):
-        axes.barh(0, value / total, left=start, color=colour, height=0.6)
-        start += value / total
+    for (_, share), colour in zip(parts, itertools.cycle(COLOURS), strict=False):
+        axes.barh(0, share, left=start, color=colour, height=0.6)
+        start += share
     axes.set_yticks([])
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, max(1.0, start))
     axes.set_xlabel("share of the variance of the final error")
     _wrapped_legend(
         figure,
         [
-            Patch(color=colour, label=f"{name}: {100 * value / total:.1f} %")
-            for (name, value), colour in zip(parts, COLOURS, strict=False)
+            Patch(color=colour, label=f"{name}: {100 * share:.1f} %")
+            for (name, share), colour in zip(parts, itertools.cycle(COLOURS), strict=False)
         ],
     )
     return Drawing(
@@ -859,7 +904,7 @@ def variance(sample: Sample, found: Findings) -> Result:
         "Where the variance of the final error comes from.",
         told,
         figure,
-        pd.DataFrame(parts, columns=["component", "value"]),
+        pd.DataFrame(parts, columns=["component", "share"]),
     )
 
 
@@ -896,9 +941,9 @@ def power(sample: Sample, found: Findings) -> Result:
     return Drawing(
         "power",
         "What a study of n runs per arm can find.",
-        f"n = {found.counts.n_used} runs. Two-sided t test at 0.05, before adjustment; standard deviation "
-        f"within arms {sd:.2f} points "
-        f"[{ends[0]:.2f}, {ends[1]:.2f}] from {df} degrees of freedom.",
+        f"Two-sided t test at 0.05, before adjustment; standard deviation within arms {sd:.2f} points "
+        f"[{ends[0]:.2f}, {ends[1]:.2f}] from n = {df} degrees of freedom: the independent runs of each arm "
+        "less one.",
         figure,
         rows,
     )
@@ -954,8 +999,9 @@ def anytime(sample: Sample, found: Findings) -> Result:
         "anytime",
         "Error against end-to-end cost.",
         f"n = {sum(one.n for one in found.anytime):,} runs, by arm in each panel. The incumbent is chosen on "
-        "validation and reported on test. Medians and 95 % bands over 399 sequences of runs drawn with "
-        "replacement from each arm: what other studies of this size would see. At the end of its cost: "
+        f"validation and reported on test. Medians and 95 % bands over {shown[0].n_sequences} sequences of "
+        "runs drawn with replacement from each arm: what other studies of this size would see. At the end of "
+        "its cost: "
         f"{'; '.join(last)}.",
         figure,
         pd.concat(rows),
@@ -1037,23 +1083,13 @@ def trajectories(sample: Sample, found: Findings) -> Result:
     """What the searches did, epoch by epoch, coloured by the error they came to."""
     epochs = sample.tables.epochs.astype({"trial_id": str, "stage": str, "key": str})
     epochs = epochs[(epochs["stage"] == "search") & np.isfinite(epochs["value"].astype(float))]
-    keys = sorted(epochs["key"].unique())
-    # The eigenvalue comes first, above all the one by which searches were stopped.
-    eigenvalues = sorted(
-        (key for key in keys if "eigenvalue" in key), key=lambda key: key != "stop_eigenvalue"
-    )
-    others = [key for key in ("alpha_entropy", "skips", "valid_error") if key in keys]
-    wanted = [*eigenvalues[:1], *others][:3]
+    wanted = _watched(sorted(epochs["key"].unique()))
     if not wanted:
         return "no search recorded its eigenvalue, entropy, skips or error"
     error = dict(zip(sample.trials["trial_id"], 100 * sample.error, strict=True))
     known = [value for value in error.values() if np.isfinite(value)]
-    scale = (
-        Normalize(min(known), max(known) if max(known) > min(known) else min(known) + 1)
-        if known
-        else Normalize(0, 1)
-    )
-    palette = mpl.colormaps["cividis"]
+    least, most = (min(known), max(known)) if known else (0.0, 1.0)
+    scale, palette = Normalize(least, most if most > least else least + 1), mpl.colormaps["cividis"]
     stops = {
         key: epochs[epochs["key"] == key].groupby("trial_id")["value"].last().to_dict()
         for key in ("stop_epoch", "stop_back_to")
@@ -1065,46 +1101,21 @@ def trajectories(sample: Sample, found: Findings) -> Result:
         part = epochs[epochs["key"] == key]
         n = max(n, part["trial_id"].nunique())
         for trial, run in part.groupby("trial_id"):
-            run = run.sort_values("epoch")
             value = error.get(str(trial), math.nan)
             colour = palette(scale(value)) if np.isfinite(value) else GREY
             style: Any = "-" if np.isfinite(value) else (0, (3, 2))
-            axes.plot(run["epoch"], run["value"], color=colour, linewidth=0.9, alpha=0.85, linestyle=style)
-            axes.plot(
-                run["epoch"].iloc[-1:], run["value"].iloc[-1:], color=colour, marker="o", markersize=3.5
+            _search(
+                axes, run.sort_values("epoch"), {key: stops[key].get(trial) for key in stops}, colour, style
             )
-            for event, marker, face in (("stop_epoch", "X", colour), ("stop_back_to", "D", "white")):
-                at = run[run["epoch"] == stops[event].get(trial)]
-                axes.plot(
-                    at["epoch"],
-                    at["value"],
-                    linestyle="",
-                    marker=marker,
-                    markersize=6,
-                    markeredgecolor=colour,
-                    markerfacecolor=face,
-                    zorder=5,
-                )
-        by_epoch = part.groupby("epoch")["value"].agg(["mean", "std", "count"])
-        margin = (
-            stats.t.ppf(0.975, np.maximum(by_epoch["count"] - 1, 1))
-            * by_epoch["std"]
-            / np.sqrt(by_epoch["count"])
-        )
-        low, high = by_epoch["mean"] - margin, by_epoch["mean"] + margin
+        by_epoch = part.groupby("epoch")["value"].agg(["mean", "count"])
         axes.plot(by_epoch.index, by_epoch["mean"], color=VERMILION, linewidth=1.8)
-        axes.fill_between(by_epoch.index, low, high, color=VERMILION, alpha=0.18, linewidth=0)
         axes.set_ylabel(textwrap.fill(key.replace("_", " "), 16), fontsize=9)
         axes.grid(axis="y", color=PALE, linewidth=0.5)
-        first, last = by_epoch.index[0], by_epoch.index[-1]
-        told += (
-            f" Mean {key.replace('_', ' ')} "
-            + " and ".join(
-                f"{by_epoch['mean'][at]:.3g} {_ends(low[at], high[at], '.3g')} at epoch {at}"
-                for at in dict.fromkeys((first, last))
-            )
-            + "."
-        )
+        ends = [
+            f"{by_epoch['mean'][at]:.3g} at epoch {at} (n = {by_epoch['count'][at]:,})"
+            for at in dict.fromkeys((by_epoch.index[0], by_epoch.index[-1]))
+        ]
+        told += f" Mean {key.replace('_', ' ')} {' and '.join(ends)}."
         rows.append(
             part[["trial_id", "epoch", "key", "value"]].assign(
                 final_error_percent=part["trial_id"].map(error),
@@ -1121,23 +1132,44 @@ def trajectories(sample: Sample, found: Findings) -> Result:
     ended: Any = {"color": GREY, "linewidth": 1, "marker": "o", "markersize": 3.5}
     handles = [
         Line2D([], [], label="one search; it ends at the dot", **ended),
-        Line2D([], [], color=VERMILION, linewidth=1.8, label="mean and 95 % interval"),
+        Line2D(
+            [], [], color=VERMILION, linewidth=1.8, label="mean over all arms, of searches that got there"
+        ),
     ]
     if stops["stop_epoch"]:
+        hollow: Any = {"marker": "D", "markerfacecolor": "white", "linestyle": ""}
         handles += [
             Line2D([], [], color=GREY, marker="X", linestyle="", label="stopped by its rule"),
-            Line2D(
-                [], [], color=GREY, marker="D", markerfacecolor="white", linestyle="", label="went back to"
-            ),
+            Line2D([], [], color=GREY, label="went back to", **hollow),
         ]
     _wrapped_legend(figure, handles)
     return Drawing(
         "trajectories",
         "The searches, epoch by epoch.",
-        f"n = {n} searches; dashed are those without a final error.{told}",
+        f"n = {n} searches; dashed are those without a final error. Means are over all arms, of the searches "
+        f"that got there, without intervals.{told}",
         figure,
         pd.concat(rows),
     )
+
+
+def _watched(keys: Sequence[str]) -> list[str]:
+    """Up to three keys to draw: the eigenvalue first, above all the one by which searches were stopped."""
+    eigenvalues = sorted(
+        (key for key in keys if "eigenvalue" in key), key=lambda key: key != "stop_eigenvalue"
+    )
+    others = [key for key in ("alpha_entropy", "skips", "valid_error") if key in keys]
+    return [*eigenvalues[:1], *others][:3]
+
+
+def _search(axes: Axes, run: pd.DataFrame, stops: Mapping[str, Any], colour: Any, style: Any) -> None:
+    """Draw one search up to its end, with the epochs at which it was stopped and to which it went back."""
+    axes.plot(run["epoch"], run["value"], color=colour, linewidth=0.9, alpha=0.85, linestyle=style)
+    axes.plot(run["epoch"].iloc[-1:], run["value"].iloc[-1:], color=colour, marker="o", markersize=3.5)
+    for event, marker, face in (("stop_epoch", "X", colour), ("stop_back_to", "D", "white")):
+        at = run[run["epoch"] == stops[event]]
+        mark: Any = {"marker": marker, "markersize": 6, "markeredgecolor": colour, "markerfacecolor": face}
+        axes.plot(at["epoch"], at["value"], linestyle="", zorder=5, **mark)
 
 
 def learning(sample: Sample, found: Findings) -> Result:
@@ -1247,6 +1279,9 @@ def write(
     """Draw all figures that the sample supports into a folder, with their files, and why there are no others.
 
     A figure that cannot be drawn is left out with its error as the reason.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     drawn: list[tuple[Drawing, dict[str, Path]]] = []
     missing: dict[str, str] = {}
@@ -1259,6 +1294,8 @@ def write(
             if any(result.stem == other.stem for other, _ in drawn):
                 result = replace(result, stem=f"{result.stem}_{len(drawn)}")
             drawn.append((result, plots.save_vector(result.figure, folder / result.stem, result.data)))
+        except OSError:  # a full disk is no fault of one figure
+            raise
         except FAILURES as problem:
             missing[name] = f"could not be drawn: {type(problem).__name__}: {problem}"
     return drawn, missing
@@ -1324,13 +1361,6 @@ def _grouped(found: Findings) -> list[MetricFinding]:
     warned.sort(key=lambda one: -abs((one.grouped.pooled.value or 0) - (one.grouped.within.value or 0)))
     first = [one for one in top(found, 3) if not one.pooled][:1]
     return list({one.name: one for one in (*warned[:1], *first)}.values())
-
-
-def apart(a: Estimate, b: Estimate) -> bool:
-    """Whether two intervals have nothing in common; False where one is missing."""
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return False
-    return a.low > b.high or b.low > a.high
 
 
 # Parts
@@ -1445,20 +1475,6 @@ def _tau_axis(axes: Axes, ceiling: Estimate) -> None:
     axes.set_xlabel("tau-b with the final error")
     for value in _ceilings(ceiling):
         axes.axvline(value, color=ORANGE, linewidth=1.1, linestyle=(0, (2, 2)))
-
-
-def tau_ceiling(ceiling: Estimate) -> Estimate:
-    """Noise ceiling on the scale of Kendall's tau, from that of Pearson's r, if metric and error are normal.
-
-    Source: Greiner (1909), tau = 2 / pi arcsin r.
-    """
-    ends = (
-        None if r is None else 2 / math.pi * math.asin(r) for r in (ceiling.value, ceiling.low, ceiling.high)
-    )
-    value, low, high = ends
-    return replace(
-        ceiling, value=value, low=low, high=high, method=f"{ceiling.method}, as tau under normality"
-    )
 
 
 def _ceilings(ceiling: Estimate) -> list[float]:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -108,6 +108,20 @@ def noise_ceiling(icc: Estimate, replicates: float = 1) -> Estimate:
 
     ends = ceiling(icc.low), ceiling(icc.high)
     return Estimate(ceiling(icc.value), *ends, icc.n, icc.n_units, name, icc.level, icc.restriction)
+
+
+def tau_ceiling(ceiling: Estimate) -> Estimate:
+    """Noise ceiling on the scale of Kendall's tau, from that of Pearson's r, if metric and error are normal.
+
+    Source: Greiner (1909), tau = 2 / pi arcsin r.
+    """
+    ends = (
+        None if r is None else 2 / math.pi * math.asin(r) for r in (ceiling.value, ceiling.low, ceiling.high)
+    )
+    value, low, high = ends
+    return replace(
+        ceiling, value=value, low=low, high=high, method=f"{ceiling.method}, as tau under normality"
+    )
 
 
 # Crossed random intercepts

@@ -187,12 +187,20 @@ def save(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
 
 
 def save_vector(figure: Figure, stem: Path, data: pd.DataFrame) -> dict[str, Path]:
-    """Write a figure as `.svg` and the rows that drew it as `.csv`; equal input, equal bytes."""
+    """Write a figure as `.svg` and the rows that drew it as `.csv`; equal input, equal bytes.
+
+    Where one cannot be written, neither is left.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in ("svg", "csv")}
-    with _literal(figure), mpl.rc_context({"svg.hashsalt": "nas", "svg.fonttype": "path"}):
-        figure.savefig(paths["svg"], metadata={"Date": None, "Creator": None})
-    data.to_csv(paths["csv"], index=False, lineterminator="\n")
+    try:
+        with _literal(figure), mpl.rc_context({"svg.hashsalt": "nas", "svg.fonttype": "path"}):
+            figure.savefig(paths["svg"], metadata={"Date": None, "Creator": None})
+        data.to_csv(paths["csv"], index=False, lineterminator="\n")
+    except Exception:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+        raise
     return paths
 
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from scipy import stats
 
-from analysis import agreement, cells, figures, findings, loaders, plots, report
+from analysis import agreement, cells, figures, findings, loaders, mixed, plots, report
 from analysis.figures import Drawing
 from analysis.findings import Findings
 from analysis.loaders import Sample
@@ -114,8 +114,12 @@ def two_phase(folder: Path) -> Path:
     return folder
 
 
+CHANCES = (0.5, 0.25, 0.8)
+"""Of the trials of `pruned` to go on, by seed."""
+
+
 def pruned(folder: Path) -> Path:
-    """Two arms of which every third run is stopped, by chance that is known."""
+    """Two arms of which every third run is stopped, by chances that are known and differ."""
     write_study(folder, preset="tiny", baseline=None, arms=["K=1", "K=4"])
     draw = np.random.default_rng(2)
     for arm, seed in itertools.product(("K=1", "K=4"), range(9)):
@@ -123,7 +127,7 @@ def pruned(folder: Path) -> Path:
         rows = searched(trial, arm, seed, draw)
         rows.append(epoch(trial, 0, {"lr": 0.1}, "retrain"))
         mark = {"kind": "mark", "trial": trial, "attempt": "a0", "time": 120.0, "rung": 1.0}
-        rows.append(mark | {"probability": 0.5, "goes_on": not stopped, "audit": False})
+        rows.append(mark | {"probability": CHANCES[seed % 3], "goes_on": not stopped, "audit": False})
         metrics = measured(draw, 0.1 + 0.05 * draw.random())
         if stopped:
             metrics = {"search_margin": metrics["search_margin"]}
@@ -187,15 +191,16 @@ DRAWN = {
     | {"anytime", "front"}
     | {f"cells_K={k}_norm={norm}" for k in (1, 4) for norm in (False, True)},
     "two phases": STUDY | {"heat", "seeds", "variance", "anytime", "front"} | {"cells_K=1", "cells_K=4"},
-    "pruned": STUDY | {"heat", "seeds", "anytime", "front", "cells_K=1", "cells_K=4"},
-    "joint": STUDY | {"anytime", "front", "cells_searched"},
+    # Runs that were selected, or chosen one in view of another, tell nothing of the spread between runs.
+    "pruned": STUDY - {"power"} | {"heat", "anytime", "front", "cells_K=1", "cells_K=4"},
+    "joint": STUDY - {"power"} | {"front", "cells_searched"},
     "macro": ALWAYS | {"heat", "variance", "front"},
     "curves": ALWAYS | {"epochs", "heat"},
 }
 """Figures of each source besides scatters and groups."""
 
-WITHOUT_ESTIMATE = {"flow", "seeds", "critical_difference", "curves"}
-"""Figures of runs and ranks, which estimate nothing."""
+WITHOUT_ESTIMATE = {"flow", "seeds", "critical_difference", "curves", "trajectories"}
+"""Figures of runs, ranks and means of what happens to be there, which estimate nothing."""
 
 WITHOUT_INTERVAL = {
     ("one phase", "variance"),  # shares of a sum of squares
@@ -275,8 +280,9 @@ def test_each_source_has_its_figures(sources: Sources, name: str) -> None:
 def test_captions_state_n_and_the_interval_of_an_estimate(sources: Sources, name: str) -> None:
     for stem, drawing in sources[name].drawings.items():
         assert re.search(r"\bn = [\d,]+", drawing.caption), stem
-        if stem not in WITHOUT_ESTIMATE and (name, stem) not in WITHOUT_INTERVAL:
-            assert re.search(r"\[-?[\d.e]+, -?[\d.e]+\]", drawing.caption), (stem, drawing.caption)
+        without = stem in WITHOUT_ESTIMATE or (name, stem) in WITHOUT_INTERVAL
+        interval = re.search(r"\[-?[\d.e]+, -?[\d.e]+\]", drawing.caption)
+        assert (interval is None) is without, (stem, drawing.caption)
 
 
 @pytest.mark.parametrize("name", ["one phase", "curves"])
@@ -304,8 +310,8 @@ def test_a_figure_that_fails_leaves_the_others(
     def broken(*_: object) -> Drawing:
         raise ZeroDivisionError("no such luck")
 
-    monkeypatch.setattr(figures, "flow", broken)
     source = sources["macro"]
+    monkeypatch.setattr(figures, "flow", broken)
     with pytest.raises(ZeroDivisionError):  # tests are strict
         figures.write(source.sample, source.found, tmp_path)
     monkeypatch.setattr(figures, "FAILURES", (Exception,))
@@ -313,6 +319,20 @@ def test_a_figure_that_fails_leaves_the_others(
     assert missing["flow"] == "could not be drawn: ZeroDivisionError: no such luck"
     assert {drawing.stem for drawing, _ in drawn} == set(source.drawings) - {"flow"}
     assert all(path.is_file() for _, paths in drawn for path in paths.values())
+
+
+def test_a_full_disk_is_no_fault_of_a_figure(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = sources["macro"]
+    monkeypatch.setattr(figures, "FAILURES", (Exception,))
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match="No space left"):
+        figures.write(source.sample, source.found, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_joint_search_of_many_trials_has_a_report(tmp_path: Path) -> None:
@@ -343,16 +363,16 @@ def test_names_may_hold_what_is_no_text_of_a_formula_or_a_file(tmp_path: Path) -
 
 
 def test_the_ceiling_of_tau_is_that_of_a_normal_pair() -> None:
-    half = figures.tau_ceiling(Estimate(0.5, 0.0, 1.0, 9, 9, "r"))
+    half = mixed.tau_ceiling(Estimate(0.5, 0.0, 1.0, 9, 9, "r"))
     assert (half.value, half.low, half.high) == pytest.approx((1 / 3, 0, 1))
     draw = np.random.default_rng(0)
     x, noise = draw.normal(size=(2, 20_000))
     y = 0.8 * x + 0.6 * noise
     tau = stats.kendalltau(x, y).statistic
-    assert figures.tau_ceiling(Estimate(0.8, None, None, 9, 9, "r", restriction="-")).value == pytest.approx(
+    assert mixed.tau_ceiling(Estimate(0.8, None, None, 9, 9, "r", restriction="-")).value == pytest.approx(
         tau, abs=0.01
     )
-    assert figures.tau_ceiling(missing("r", "unknown")).value is None
+    assert mixed.tau_ceiling(missing("r", "unknown")).value is None
 
 
 def test_the_ceiling_drawn_is_that_of_tau(sources: Sources) -> None:
@@ -458,6 +478,20 @@ def test_the_heat_map_writes_every_number_and_marks_tests_within_arms(sources: S
         assert row["p_adjusted"] == pytest.approx(by_name[row["name"]].p_adjusted)
 
 
+def weighted_tau(groups: list[pd.DataFrame]) -> float:
+    """Tau-b by its definition over the pairs of each group; a pair counts the product of its weights."""
+    concordance = scale = 0.0
+    for rows in groups:
+        untied_x = untied_y = 0.0
+        for a, b in itertools.combinations(rows[["x", "y", "weight"]].to_numpy(dtype=float), 2):
+            weight, sign = a[2] * b[2], np.sign(np.round(a[:2] - b[:2], 9))
+            concordance += weight * sign[0] * sign[1]
+            untied_x += weight * abs(sign[0])
+            untied_y += weight * abs(sign[1])
+        scale += math.sqrt(untied_x * untied_y)
+    return concordance / scale
+
+
 def test_epochs_are_those_within_arms_with_the_pooled_beside(sources: Sources) -> None:
     for name in ("one phase", "two phases", "pruned", "curves"):
         drawing, sample = sources[name].drawings["epochs"], sources[name].sample
@@ -467,14 +501,21 @@ def test_epochs_are_those_within_arms_with_the_pooled_beside(sources: Sources) -
             for line, kind in ((within, "within"), (pooled, "pooled")):
                 mine = rows[rows["kind"] == kind]
                 assert line == pytest.approx(mine[["epoch", "value"]].to_numpy(dtype=float))
-            # The last point, by hand: pairs of one arm against pairs of all.
+            # The last points, by hand: pairs of one arm, and of all.
             part = sample.tables.epochs
             part = part[(part["key"] == curve.name) & (part["stage"] == curve.stage)]
             last = part[part["epoch"] == rows["epoch"].max()].set_index("trial_id")["value"]
             table = sample.trials.assign(x=sample.trials["trial_id"].map(last), y=sample.error).dropna(
                 subset=["x", "y"]
             )
-            assert pooled[-1, 1] == pytest.approx(stats.kendalltau(table["x"], table["y"]).statistic)
+            table["weight"] = 1.0
+            if name == "pruned":
+                table["weight"] = [1 / CHANCES[int(seed) % 3] for seed in table["search_seed"]]
+            assert pooled[-1, 1] == pytest.approx(weighted_tau([table]))
+            if name != "curves":
+                assert within[-1, 1] == pytest.approx(
+                    weighted_tau([runs for _, runs in table.groupby("arm", observed=True)])
+                )
             at_risk = sample.trials["trial_id"].isin(last.dropna().index).sum()
             assert rows["at_risk"].iloc[-1] == at_risk
 
@@ -499,6 +540,40 @@ def test_crossed_axes_show_every_run_and_the_means_of_cells(sources: Sources) ->
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1\nn = 5, 5", "4\nn = 5, 5"]
 
 
+def doubted(folder: Path) -> Sample:
+    """K x edge normalisation, of which a rule stopped two runs in five of every arm."""
+    settings = list(itertools.product((1, 4), (False, True)))
+    arms = [f"K={k} norm={norm}" for k, norm in settings]
+    write_study(folder, preset="tiny", arms=arms, reference=None, baseline=None)
+    draw = np.random.default_rng(0)
+    for (arm, (k, norm)), seed in itertools.product(zip(arms, settings, strict=True), range(5)):
+        trial = f"k{k}{norm}{seed}"
+        first = start(trial, arm, seed)
+        first["axes"] |= {"K": k, "norm": norm}
+        error = 0.1 + 0.05 * draw.random()
+        write_rows(folder, [first, end(trial, "pruned", None) if seed < 2 else end(trial, test_error=error)])
+    return loaders.load(folder)
+
+
+def test_cells_of_selected_runs_have_no_intervals(tmp_path: Path) -> None:
+    sample = doubted(tmp_path / "study")
+    found = findings.find(sample)
+    assert set(found.doubts) == set(sample.tables.arms)
+    drawing = figures.interaction(sample, found)
+    assert isinstance(drawing, Drawing)
+    assert drawing.data["low"].isna().all()
+    assert drawing.data["high"].isna().all()
+    assert "[" not in drawing.caption
+    assert drawing.caption.endswith(f"No intervals: {'; '.join(sorted(set(found.doubts.values())))}.")
+    assert not [line for line in lines(drawing.figure.axes[0]) if len(line) == 2 and np.ptp(line[:, 0]) == 0]
+
+
+def test_rows_measured_unlike_are_not_crossed(sources: Sources) -> None:
+    source = sources["one phase"]
+    found = replace(source.found, unlike="measured under different protocols (retrain.epochs: 3, 4)")
+    assert figures.interaction(source.sample, found) == found.unlike
+
+
 def test_axes_without_few_levels_are_left_out_and_pairs_of_all_others_are_drawn(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", preset="tiny", baseline=None, reference=None, arms=["a"])
     draw = np.random.default_rng(0)
@@ -515,6 +590,7 @@ def test_axes_without_few_levels_are_left_out_and_pairs_of_all_others_are_drawn(
     }
     assert len(drawing.figure.axes) == 3
     assert len(drawing.data) == 36
+    assert "over all levels of the other axes" in drawing.caption
 
 
 def test_lines_over_arms_are_the_rows_beside_them(sources: Sources) -> None:
@@ -527,11 +603,34 @@ def test_lines_over_arms_are_the_rows_beside_them(sources: Sources) -> None:
             for line, name in zip(lines(axes), (random, arm), strict=True):
                 mine = drawing.data.loc[drawing.data["arm"] == name, [x, y]]
                 assert line == pytest.approx(mine.to_numpy(dtype=float), nan_ok=True)
+    scored = source.sample.error.notna().sum()
+    for stem in ("profiles", "improvement"):
+        assert f"n = {scored} runs" in source.drawings[stem].caption
+    lost = replace(source.found, profiles=dict(list(source.found.profiles.items())[1:]))
+    for make in (figures.profiles, figures.improvement):  # n is that of what is drawn
+        drawing = make(source.sample, lost)
+        assert isinstance(drawing, Drawing)
+        assert f"n = {scored - 5} runs" in drawing.caption
     bars = [patch.get_width() for patch in source.drawings["improvement"].figure.axes[0].patches]
     assert bars == pytest.approx(source.drawings["improvement"].data["value"].tolist())
     for arm, (_, share) in zip(arms, enumerate(bars), strict=True):
         a, b = (findings.percent(source.sample, name) for name in (arm, str(random)))
         assert share == pytest.approx(np.mean([(y > x) + 0.5 * (x == y) for x in a for y in b]))
+
+
+def test_shares_of_the_variance_are_drawn_as_they_are(sources: Sources) -> None:
+    source = sources["one phase"]
+    assert source.found.sweep is not None
+    effects = [
+        replace(one, share=share) for one, share in zip(source.found.sweep.effects, (0.3, 0.2), strict=False)
+    ]
+    sweep = replace(source.found.sweep, effects=tuple(effects), residual_share=0.4)
+    drawing = figures.variance(source.sample, replace(source.found, sweep=sweep))
+    assert isinstance(drawing, Drawing)
+    widths = [patch.get_width() for patch in drawing.figure.axes[0].patches]
+    assert widths == pytest.approx([0.3, 0.2, 0.4]) == drawing.data["share"].tolist()
+    assert "add up to 90.0 %" in drawing.caption
+    assert "add up" not in source.drawings["variance"].caption
 
 
 def test_seeds_are_ranked_seed_by_seed(sources: Sources) -> None:
@@ -542,6 +641,30 @@ def test_seeds_are_ranked_seed_by_seed(sources: Sources) -> None:
         assert error[:, 1] == pytest.approx(errors[arm].tolist())
         assert rank[:, 1] == pytest.approx(
             [stats.rankdata(row)[list(errors).index(arm)] for row in errors.to_numpy()]
+        )
+
+
+def test_seeds_that_an_arm_lacks_have_no_ranks(tmp_path: Path) -> None:
+    folder = write_study(
+        tmp_path / "study", preset="tiny", baseline=None, reference=None, arms=["a", "b", "c"]
+    )
+    errors = {"a": [0.1, 0.2, 0.3, 0.4], "b": [0.2, 0.1, 0.2, 0.1], "c": [0.3, 0.3, 0.1]}
+    for arm, values in errors.items():
+        for seed, error in enumerate(values):
+            write_rows(folder, [start(f"{arm}{seed}", arm, seed), end(f"{arm}{seed}", test_error=error)])
+    sample = loaders.load(folder)
+    drawing = figures.seeds(sample, findings.find(sample))
+    assert isinstance(drawing, Drawing)
+    assert "n = 3 seeds shared by 3 arms. 1 seed more" in drawing.caption
+    left, right = drawing.figure.axes
+    for arm, error, rank in zip(errors, lines(left), lines(right), strict=True):
+        assert error[: len(errors[arm]), 1] == pytest.approx(100 * np.array(errors[arm]))
+        assert np.isnan(rank[3, 1])
+        assert rank[:3, 1] == pytest.approx(
+            [
+                stats.rankdata([errors[name][seed] for name in errors])[list(errors).index(arm)]
+                for seed in range(3)
+            ]
         )
 
 
@@ -561,6 +684,13 @@ def test_seeds_on_which_all_arms_agree_are_no_warning(tmp_path: Path) -> None:
 
 def test_the_flow_counts_every_row(sources: Sources) -> None:
     rows = sources["pruned"].drawings["flow"].data.set_index("stage")["n"]
+    assert "planned, never started" not in rows
+    source = sources["pruned"]
+    counts = replace(source.found.counts, n_not_started=5)
+    planned = figures.flow(source.sample, replace(source.found, counts=counts))
+    assert isinstance(planned, Drawing)
+    assert planned.data.set_index("stage")["n"]["planned, never started"] == 5
+    assert any(text.get_text().startswith("5 planned") for text in planned.figure.axes[0].texts)
     assert rows["stopped early"] == 6
     assert rows["total"] == 18 == rows["used"] + rows[["stopped early", "not ended"]].sum()
 
@@ -596,6 +726,22 @@ def test_each_search_is_a_line_with_its_stop(sources: Sources) -> None:
         shown = sorted(float(np.asarray(line.get_ydata())[0]) for line in marked)
         assert shown == pytest.approx(sorted(rows.loc[rows["epoch"] == at, "value"]))
     assert (rows["stop_epoch"] == 3).all()
+
+
+def test_means_over_searches_say_of_how_many(sources: Sources) -> None:
+    source = sources["one phase"]
+    epochs = source.sample.tables.epochs
+    gone = (epochs["epoch"] == 3) & epochs["trial_id"].isin(list(epochs["trial_id"].unique())[:4])
+    tables = replace(source.sample.tables, epochs=epochs[~gone])
+    drawing = figures.trajectories(replace(source.sample, tables=tables), source.found)
+    assert isinstance(drawing, Drawing)
+    rows = drawing.data[drawing.data["key"] == "alpha_entropy"].groupby("epoch")["value"]
+    left = 20 - sum(1 for trial in list(epochs["trial_id"].unique())[:4] if not trial.startswith("random"))
+    first, last = rows.mean()[0], rows.mean()[3]
+    assert f"Mean alpha entropy {first:.3g} at epoch 0 (n = 20) and {last:.3g} at epoch 3 (n = {left})." in (
+        drawing.caption
+    )
+    assert not any(len(axes.collections) for axes in drawing.figure.axes[:3])  # no bands
 
 
 def final_edges(sample: Sample) -> pd.DataFrame:
