@@ -1,16 +1,17 @@
 """The sections of a report: verdicts, tables and figures in the order in which they are read."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from analysis import figures
 from analysis.agreement import KEPT
 from analysis.checklist import Item
-from analysis.compare import MARGIN
-from analysis.findings import Findings, MetricFinding, Unanswered, Versus, ranked
+from analysis.compare import MARGIN, Comparison, Difference, PairedDifference
+from analysis.correlate import apart
+from analysis.findings import NEGLIGIBLE, Findings, Flow, MetricFinding, Unanswered, Versus, ranked
 from analysis.loaders import Sample
+from analysis.mixed import tau_ceiling
 from analysis.page import Block, Bullets, Cards, Heading, Picture, Table, Text
 from analysis.resample import Estimate
 from analysis.selection import random_policy
@@ -20,8 +21,8 @@ _EXPLORED = 3
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim with the answer of the study, and all that the answer rests on."""
+class Answer:
+    """The answer of a study to a claim, and all that it rests on."""
 
     claim: str
     kind: Literal["arm", "metric"]
@@ -29,11 +30,7 @@ class Claim:
     """Whether the study named it before there were results; what was not is exploratory."""
 
     verdict: str
-    n_total: int
-    n_used: int
-    n_pruned: int
-    n_failed: int
-    n_pending: int
+    flow: Flow
     value: float | None
     """Of an arm, the difference in test error in percentage points; of a metric, tau-b."""
 
@@ -51,7 +48,7 @@ class Claim:
     """The same in words."""
 
 
-def claims(sample: Sample, found: Findings) -> list[Claim]:
+def claims(sample: Sample, found: Findings) -> list[Answer]:
     """All claims with their answers: of arms, then of metrics, declared ones first."""
     answers = [_of_arms(one) for one in found.versus]
     noun = "run" if sample.kind == "study" else "network"
@@ -61,14 +58,14 @@ def claims(sample: Sample, found: Findings) -> list[Claim]:
     return [*answers, *declared, *lost, *rest]
 
 
-def _of_arms(one: Versus) -> Claim:
+def _of_arms(one: Versus) -> Answer:
     result = one.claim.difference
-    return Claim(
+    return Answer(
         claim=f"{one.claim.arm} errs less than {one.claim.other}",
         kind="arm",
         declared=True,
         verdict=one.claim.verdict,
-        **vars(one.flow),
+        flow=one.flow,
         value=None if result is None else result.mean_difference,
         low=None if result is None else result.low,
         high=None if result is None else result.high,
@@ -80,13 +77,13 @@ def _of_arms(one: Versus) -> Claim:
     )
 
 
-def _of_metric(one: MetricFinding, noun: str) -> Claim:
-    return Claim(
+def _of_metric(one: MetricFinding, noun: str) -> Answer:
+    return Answer(
         claim=f"{one.name} tells which {noun} errs less",
         kind="metric",
         declared=one.primary,
         verdict=one.verdict,
-        **vars(one.flow),
+        flow=one.flow,
         value=one.headline.value,
         low=one.headline.low,
         high=one.headline.high,
@@ -98,13 +95,13 @@ def _of_metric(one: MetricFinding, noun: str) -> Claim:
     )
 
 
-def _without(one: Unanswered, noun: str) -> Claim:
-    return Claim(
+def _without(one: Unanswered, noun: str) -> Answer:
+    return Answer(
         claim=f"{one.name} tells which {noun} errs less",
         kind="metric",
         declared=True,
         verdict=one.verdict,
-        **vars(one.flow),
+        flow=one.flow,
         value=None,
         low=None,
         high=None,
@@ -174,9 +171,11 @@ def page_blocks(
     blocks.append(
         Text(
             "Claims that the study named before its results. A claim of an arm is decided where its p-value, "
-            "adjusted by Holm over all arms' claims, is below 0.05. A metric is supported where its p-value, "
-            "adjusted over the declared metrics, is below 0.05, and not supported where its interval lies "
-            "within -0.1 and +0.1; else the study leaves it undecided."
+            "adjusted by Holm over all arms' claims, is below 0.05. A metric has no verdict where runs were "
+            "stopped and their chances of finishing are not known, where networks are shared between arms, "
+            "or where it is constant within arms. Otherwise it is not supported where its interval lies "
+            f"within -{NEGLIGIBLE} and +{NEGLIGIBLE}, whatever its p-value says; else supported where that "
+            "p-value, adjusted over the declared metrics, is below 0.05; else undecided."
         )
     )
     exploratory = [(one.claim, one.verdict, one.rests_on) for one in answers if not one.declared]
@@ -192,7 +191,7 @@ def page_blocks(
         ]
     if found.restrictions:
         blocks += [Heading("What limits this report", 3), Bullets(found.restrictions)]
-    blocks += [Heading("Runs"), *_counts(sample, found), *shown("flow")]
+    blocks += [Heading("Runs"), *_counts(found), *shown("flow")]
     blocks += [
         Heading("Arms"),
         *_arms(sample, found),
@@ -217,7 +216,7 @@ def page_blocks(
     return blocks
 
 
-def _counts(sample: Sample, found: Findings) -> list[Block]:
+def _counts(found: Findings) -> list[Block]:
     counts = found.counts
     row = [
         "-" if value is None else f"{value:,}"
@@ -292,85 +291,31 @@ def _arms(sample: Sample, found: Findings) -> list[Block]:
 def _versus_tables(found: Findings) -> list[Block]:
     if not found.versus:
         return [Text("The study names no reference and no random arm, so arms are not compared.")]
-    rows, more = [], []
-    for one in found.versus:
-        result, name = one.claim.difference, f"{one.claim.arm} - {one.claim.other}"
-        if result is None or one.comparison is None:
-            told = (
-                ["-", "-"]
-                if result is None
-                else [f"{result.n_a}, {result.n_b}", f"{result.mean_difference:+.2f}"]
-            )
-            rows.append([name, *told, "-", "-", "-", "-", one.claim.verdict])
-            continue
-        gain = one.improvement.percent if one.improvement else None
-        rows.append(
-            [
-                name,
-                f"{result.n_a}, {result.n_b}",
-                f"{result.mean_difference:+.2f}"
-                + (f" [{result.low:+.2f}, {result.high:+.2f}]" if result.low is not None else ""),
-                _p(one.claim.adjusted_p),
-                _estimate(one.comparison.a12),
-                "-" if gain is None else _estimate(gain, "+.2f"),
-                "-" if result.minimum_detectable is None else f"{result.minimum_detectable:.2f}",
-                one.claim.verdict,
-            ]
-        )
-        same, paired = one.equivalence, one.paired
-        more.append(
-            [
-                name,
-                _estimate(one.comparison.bootstrap, "+.2f"),
-                _p(result.p),
-                _p(one.comparison.p_mann_whitney),
-                _p(one.comparison.p_brunner_munzel),
-                _p(one.comparison.p_permutation),
-                "-" if result.hedges_g is None else f"{result.hedges_g:+.2f}",
-                f"{result.cliff_delta:+.2f}",
-                "-"
-                if paired is None
-                else f"{paired.mean_difference:+.2f}"
-                + (f" [{paired.low:+.2f}, {paired.high:+.2f}]" if paired.low is not None else "")
-                + f" (n = {paired.n})",
-                "-" if same is None else f"{same.verdict} ({_p_is(same.p)})",
-            ]
-        )
-    header = [
-        "arms",
-        "n",
-        "difference [95 % CI]",
-        "adjusted p",
-        "A12",
-        "RI %",
-        "detectable",
-        "verdict: errs less",
+    header = ["arms", "n", "difference [95 % CI]", "adjusted p", "A12", "RI %", "detectable"]
+    blocks: list[Block] = [
+        Heading("Comparisons", 3),
+        Table(
+            [*header, "verdict: errs less"],
+            [_versus_row(one) for one in found.versus],
+            "Differences in percentage points of error, Welch intervals, p by Holm over all rows. A12: "
+            "probability that a run of the first arm has the higher error. "
+            "RI: relative improvement of accuracy over random. Detectable: true difference found with 80 % "
+            "power before adjustment.",
+        ),
     ]
-    caption = (
-        "Differences in percentage points of error, Welch intervals, p by Holm over all rows. A12: "
-        "probability that a run of the first arm has the higher error. "
-        "RI: relative improvement of accuracy over random. Detectable: true difference found with 80 % "
-        "power before adjustment."
-    )
-    blocks: list[Block] = [Heading("Comparisons", 3), Table(header, rows, caption)]
     if doubts := {one.claim.doubt: None for one in found.versus if one.claim.doubt}:
         blocks.append(Bullets([f"No interval, test or verdict: {why}." for why in doubts]))
+    more = [
+        _tests_row(one, one.claim.difference, one.comparison)
+        for one in found.versus
+        if one.claim.difference is not None and one.comparison is not None
+    ]
     if more:
-        header = [
-            "arms",
-            "bootstrap difference",
-            "Welch p",
-            "Mann-Whitney p",
-            "Brunner-Munzel p",
-            "permutation p",
-            "Hedges g",
-            "Cliff delta",
-            "paired by seed",
-            f"equivalent within {MARGIN} points",
-        ]
+        header = ["arms", "bootstrap difference", "Welch p", "Mann-Whitney p", "Brunner-Munzel p"]
+        header += ["permutation p", "Hedges g", "Cliff delta", "paired by seed"]
         blocks.append(
             Table(
-                header,
+                [*header, f"equivalent within {MARGIN} points"],
                 more,
                 "The same by other tests, none adjusted; paired where all seeds are shared; equivalence "
                 "by two one-sided tests.",
@@ -378,6 +323,45 @@ def _versus_tables(found: Findings) -> list[Block]:
             )
         )
     return blocks
+
+
+def _versus_row(one: Versus) -> list[str]:
+    result, name = one.claim.difference, f"{one.claim.arm} - {one.claim.other}"
+    if result is None:
+        return [name, *["-"] * 6, one.claim.verdict]
+    told = [name, f"{result.n_a}, {result.n_b}", _difference(result)]
+    if one.comparison is None:
+        return [*told, *["-"] * 4, one.claim.verdict]
+    gain = one.improvement.percent if one.improvement else None
+    return [
+        *told,
+        _p(one.claim.adjusted_p),
+        _estimate(one.comparison.a12, ".2f"),
+        "-" if gain is None else _estimate(gain, "+.2f"),
+        "-" if result.minimum_detectable is None else f"{result.minimum_detectable:.2f}",
+        one.claim.verdict,
+    ]
+
+
+def _tests_row(one: Versus, result: Difference, by: Comparison) -> list[str]:
+    same, paired = one.equivalence, one.paired
+    return [
+        f"{one.claim.arm} - {one.claim.other}",
+        _estimate(by.bootstrap, "+.2f"),
+        _p(result.p),
+        _p(by.p_mann_whitney),
+        _p(by.p_brunner_munzel),
+        _p(by.p_permutation),
+        "-" if result.hedges_g is None else f"{result.hedges_g:+.2f}",
+        f"{result.cliff_delta:+.2f}",
+        "-" if paired is None else f"{_difference(paired)} (n = {paired.n})",
+        "-" if same is None else f"{same.verdict} ({_p_is(same.p)})",
+    ]
+
+
+def _difference(result: Difference | PairedDifference) -> str:
+    interval = f" [{result.low:+.2f}, {result.high:+.2f}]" if result.low is not None else ""
+    return f"{result.mean_difference:+.2f}{interval}"
 
 
 def _aggregates(found: Findings) -> list[Block]:
@@ -391,7 +375,7 @@ def _aggregates(found: Findings) -> list[Block]:
             [
                 arm,
                 *("-" if values is None else _estimate(values[name]) for name in names),
-                "-" if arm not in found.improvement else _estimate(found.improvement[arm]),
+                "-" if arm not in found.improvement else _estimate(found.improvement[arm], ".2f"),
                 found.doubts.get(arm, ""),
             ]
         )
@@ -407,7 +391,7 @@ def _aggregates(found: Findings) -> list[Block]:
     ]
 
 
-def _metrics(sample: Sample, found: Findings, shown: Any) -> list[Block]:
+def _metrics(sample: Sample, found: Findings, shown: Callable[..., list[Block]]) -> list[Block]:
     if not found.metrics:
         return [
             *([Text(found.family)] if found.unanswered else []),
@@ -415,28 +399,41 @@ def _metrics(sample: Sample, found: Findings, shown: Any) -> list[Block]:
                 "No metric can be correlated with a final error here; see what limits this report.", "warning"
             ),
         ]
-    blocks: list[Block] = [Text(found.family)]
+    return [
+        Text(found.family),
+        _ceiling(found),
+        *_simpson(found),
+        *shown("metrics"),
+        _associations(sample, found),
+        _coefficients(found),
+        *shown("scatter_"),
+        *shown("heat"),
+        *shown("groups_"),
+        *shown("epochs"),
+        *_pruning(found),
+        *_controls(found),
+        *_choosing(found),
+        *_models(found),
+        *_groupings(found),
+        *_single_restrictions(found),
+    ]
+
+
+def _ceiling(found: Findings) -> Text:
     ceiling = found.ceiling
     if ceiling.value is None:
-        blocks.append(
-            Text(
-                f"Noise ceiling: not known, as {ceiling.restriction}. A metric cannot be more strongly "
-                "associated with the error than the error with itself in another training.",
-                "note",
-            )
-        )
-    else:
-        blocks.append(
-            Text(
-                "Noise ceiling: no metric can correlate with the error by more than "
-                f"{_estimate(ceiling, '.3f')}, the root of the reliability of the mean of "
-                f"{found.replicates:.3g} trainings (ICC of one: {_estimate(found.components.icc, '.3f')}).",
-                "note",
-            )
-        )
-    blocks += _simpson(found)
-    blocks += shown("metrics")
-    ordered = figures.top(found, len(found.metrics))
+        return Text(f"Noise ceiling: not known, as {ceiling.restriction}.", "note")
+    return Text(
+        "Noise ceiling: no metric can correlate with the error by more than "
+        f"r = {_estimate(ceiling, '.3f')}, which is tau-b {_estimate(tau_ceiling(ceiling), '.3f')} "
+        "under normality (dashed in the figures). It is the root of the reliability of the mean of "
+        f"{found.replicates:.3g} trainings (ICC of one: {_estimate(found.components.icc, '.3f')}), "
+        "over all arms; within arms, where networks differ less, the ceiling is at most this.",
+        "note",
+    )
+
+
+def _associations(sample: Sample, found: Findings) -> Table:
     rows = [
         [
             _named(one),
@@ -450,36 +447,25 @@ def _metrics(sample: Sample, found: Findings, shown: Any) -> list[Block]:
             _detectable(one),
             one.verdict,
         ]
-        for one in ordered
+        for one in ranked(found.metrics)
     ]
     rows += [
         [f"{one.name} (primary)", _unit(sample, one.name), f"{one.flow.n_used:,}", *["-"] * 6, one.verdict]
         for one in found.unanswered
     ]
-    header = [
-        "metric",
-        "unit, better",
-        "n",
-        "units",
-        "tau-b, headline",
-        "tau-b, pooled",
-        "p",
-        "adjusted p",
-        "detectable",
-        "verdict",
-    ]
-    blocks.append(
-        Table(
-            header,
-            rows,
-            "Associations with the final error: above 0, a higher metric goes with a higher error. "
-            "Headline: within arms where "
-            "there are several, weighted where runs were stopped with known probabilities. 95 % intervals; "
-            "p by permutation "
-            "within arms; detectable: rank correlation told from 0 with 80 % power.",
-        )
+    header = ["metric", "unit, better", "n", "units", "tau-b, headline", "tau-b, pooled", "p", "adjusted p"]
+    return Table(
+        [*header, "detectable", "verdict"],
+        rows,
+        "Associations with the final error: above 0, a higher metric goes with a higher error. Headline: "
+        "within arms where there are several, weighted where runs were stopped with known probabilities. "
+        "95 % intervals; p by permutation within arms; detectable: rank correlation told from 0 with 80 % "
+        "power.",
     )
-    more = [
+
+
+def _coefficients(found: Findings) -> Table:
+    rows = [
         [
             one.name,
             _estimate(one.overall.spearman),
@@ -490,52 +476,33 @@ def _metrics(sample: Sample, found: Findings, shown: Any) -> list[Block]:
             one.overall.words,
             one.test.method,
         ]
-        for one in ordered
+        for one in ranked(found.metrics)
     ]
-    header = [
-        "metric",
-        "Spearman's rho",
-        "the same by Fisher's z",
-        "Pearson's r",
-        "sparse tau-b",
-        "tau-b of arms' means",
-        "pooled, in words",
-        "test",
-    ]
-    blocks.append(
-        Table(
-            header,
-            more,
-            "Other coefficients, pooled over arms but for sparse tau-b, which is within them as the "
-            "headline, with errors told apart by 0.1 %. Fisher's z with the standard error of Bonett and "
-            "Wright checks the bootstrap, where every row is a unit.",
-            folded="Other coefficients",
-        )
+    header = ["metric", "Spearman's rho", "the same by Fisher's z", "Pearson's r", "sparse tau-b"]
+    return Table(
+        [*header, "tau-b of arms' means", "pooled, in words", "test"],
+        rows,
+        "Other coefficients, pooled over arms but for sparse tau-b, which is within them as the "
+        "headline, with errors told apart by 0.1 %. Fisher's z with the standard error of Bonett and "
+        "Wright checks the bootstrap, where every row is a unit.",
+        folded="Other coefficients",
     )
-    blocks += [*shown("scatter_"), *shown("heat"), *shown("groups_"), *shown("epochs")]
-    blocks += [*_pruning(found), *_controls(found), *_choosing(found), *_models(found), *_groupings(found)]
-    notes = [
-        f"{one.name}: {text}."
+
+
+def _single_restrictions(found: Findings) -> list[Block]:
+    rows = [
+        [one.name, f"{text}."]
         for one in found.metrics
-        for text in [one.restriction or one.headline.restriction]
-        if text
+        if (text := one.restriction or one.headline.restriction)
     ]
-    if notes:
-        blocks.append(
-            Table(
-                ["metric", "restriction"],
-                [note.split(": ", 1) for note in notes],
-                "Restrictions of single metrics.",
-                folded="Restrictions of single metrics",
-            )
-        )
-    return blocks
+    title = "Restrictions of single metrics"
+    return [Table(["metric", "restriction"], rows, f"{title}.", folded=title)] if rows else []
 
 
 def _simpson(found: Findings) -> list[Block]:
     """The warnings: first those that the intervals bear out, then those that only the signs give."""
     warned = [one for one in found.metrics if one.grouped.simpson]
-    clear = [one for one in warned if figures.apart(one.grouped.pooled, one.grouped.within)]
+    clear = [one for one in warned if apart(one.grouped.pooled, one.grouped.within)]
     blocks: list[Block] = []
     if clear:
         told = "; ".join(
@@ -706,98 +673,88 @@ def _groupings(found: Findings) -> list[Block]:
 
 
 def _choosing(found: Findings) -> list[Block]:
-    rows = []
-    for one in figures.top(found, len(found.metrics)):
-        for chosen in one.selection[:2]:
-            rows.append(
-                [
-                    one.name,
-                    f"{chosen.k} of {chosen.n:,}",
-                    _estimate(chosen.regret),
-                    _estimate(chosen.precision),
-                    _estimate(chosen.rank, ".1f"),
-                    _estimate(chosen.beats_random),
-                ]
-            )
-    blocks: list[Block] = []
-    if rows:
-        blocks += [
-            Heading("Choosing by a metric", 3),
-            Table(
-                [
-                    "metric",
-                    "chosen",
-                    "regret, points",
-                    "precision",
-                    "rank of the best",
-                    "P(beats random draws)",
-                ],
-                rows,
-                "Runs chosen by the metric in the direction observed here, which flatters it; percentile "
-                "intervals, 95 %. The last column: probability that the best chosen is strictly better "
-                "than the best of as many random draws.",
-                folded="Quality of choices",
-            ),
+    return [*_chosen(found), *_random_search(found), *_policies(found), *_among_the_best(found)]
+
+
+def _chosen(found: Findings) -> list[Block]:
+    rows = [
+        [
+            one.name,
+            f"{chosen.k} of {chosen.n:,}",
+            _estimate(chosen.regret, ".2f"),
+            _estimate(chosen.precision, ".2f"),
+            _estimate(chosen.rank, ".1f"),
+            _estimate(chosen.beats_random, ".2f"),
         ]
-    if found.random_search:
-        blocks.append(
-            Table(
-                ["random networks", *found.random_search],
-                [
-                    [
-                        "expected error of the best, %",
-                        *(f"{error:.2f}" for error in found.random_search.values()),
-                    ]
-                ],
-                "What random search finds in this space, exactly: with errors y in descending order, the "
-                "expected best of n draws without replacement is the sum of y_i C(i - 1, n - 1) / C(N, n).",
-            )
+        for one in ranked(found.metrics)
+        for chosen in one.selection[:2]
+    ]
+    if not rows:
+        return []
+    return [
+        Heading("Choosing by a metric", 3),
+        Table(
+            ["metric", "chosen", "regret, points", "precision", "rank of the best", "P(beats random draws)"],
+            rows,
+            "Runs chosen by the metric in the direction observed here, which flatters it; percentile "
+            "intervals, 95 %. The last column: probability that the best chosen is strictly better "
+            "than the best of as many random draws.",
+            folded="Quality of choices",
+        ),
+    ]
+
+
+def _random_search(found: Findings) -> list[Block]:
+    if not found.random_search:
+        return []
+    errors = [f"{error:.2f}" for error in found.random_search.values()]
+    return [
+        Table(
+            ["random networks", *found.random_search],
+            [["expected error of the best, %", *errors]],
+            "What random search finds in this space, exactly: with errors y in descending order, the "
+            "expected best of n draws without replacement is the sum of y_i C(i - 1, n - 1) / C(N, n).",
         )
-    if policies := [(one.name, one.detail.share) for one in ranked(found.metrics) if one.detail is not None]:
-        rows = [
-            [name, f"{q:.3g}", *(f"{random_policy(q, n):.3g}" for n in (1, 10, 100))]
-            for name, q in policies
-            if q is not None
-        ]
-        if rows:
-            blocks.append(
-                Table(
-                    ["metric", "q", "n = 1", "n = 10", "n = 100"],
-                    rows,
-                    "The network that each metric puts first, in the direction observed here, against random "
-                    "search: q, the share of the space that errs at most as much, and the probability "
-                    "(1 - q)^n that n random networks all err more.",
-                    folded="Against random search",
-                )
-            )
+    ]
+
+
+def _policies(found: Findings) -> list[Block]:
+    rows = [
+        [one.name, f"{q:.3g}", *(f"{random_policy(q, n):.3g}" for n in (1, 10, 100))]
+        for one in ranked(found.metrics)
+        if one.detail is not None and (q := one.detail.share) is not None
+    ]
+    if not rows:
+        return []
+    return [
+        Table(
+            ["metric", "q", "n = 1", "n = 10", "n = 100"],
+            rows,
+            "The network that each metric puts first, in the direction observed here, against random "
+            "search: q, the share of the space that errs at most as much, and the probability "
+            "(1 - q)^n that n random networks all err more.",
+            folded="Against random search",
+        )
+    ]
+
+
+def _among_the_best(found: Findings) -> list[Block]:
     shares = [(one.name, one.best) for one in found.metrics if one.best]
-    if shares:
-        names = list(shares[0][1])
-        notes = {
-            e.restriction
-            for _, best in shares
-            for e in best.values()
-            if e.restriction and "selected by" in e.restriction
-        }
-        caption = (
-            "Tau-b among the best runs, where a search has to tell them apart; the best are taken by "
-            "another training."
-        )
-        caption = (
+    if not shares:
+        return []
+    biased = any("selected by" in (e.restriction or "") for _, best in shares for e in best.values())
+    return [
+        Table(
+            ["metric", *(f"best {name}" for name in shares[0][1])],
+            [[name, *(f"{_estimate(e)}, n = {e.n:,}" for e in best.values())] for name, best in shares],
             "Tau-b among the best runs, taken by the very error that is correlated, which biases it: no "
             "second training."
-            if notes
-            else caption
+            if biased
+            else "Tau-b among the best runs, where a search has to tell them apart; the best are taken by "
+            "another training.",
+            folded="Among the best runs only",
         )
-        blocks.append(
-            Table(
-                ["metric", *(f"best {name}" for name in names)],
-                [[name, *(f"{_estimate(e)}, n = {e.n:,}" for e in best.values())] for name, best in shares],
-                caption,
-                folded="Among the best runs only",
-            )
-        )
-    return blocks
+    ]
 
 
 def _models(found: Findings) -> list[Block]:
@@ -885,12 +842,14 @@ def _variance(found: Findings) -> list[Block]:
                 f"{found.sweep.restriction or ''}",
             )
         )
-        means = [[m.factor, m.level, _estimate(m.mean), f"{m.mean.n}"] for m in found.sweep.means]
+        means = [[m.factor, m.level, _estimate(m.mean, ".2f"), f"{m.mean.n}"] for m in found.sweep.means]
         blocks.append(
             Table(
                 ["factor", "level", "estimated marginal mean, %", "n"],
                 means,
-                "Estimated marginal means of the final error.",
+                "Estimated marginal means of the final error, all combinations of the other axes weighted "
+                "alike. Where settings share their seeds, a mean speaks of other seeds, too: its interval "
+                "holds the variance between seeds.",
                 folded="Estimated marginal means",
             )
         )
@@ -1003,12 +962,6 @@ def _methods(found: Findings, missing: Mapping[str, str]) -> list[Block]:
 
 def _estimate(found: Estimate, form: str = "+.2f") -> str:
     """A number with its interval; the reason for none is in the notes."""
-    form = (
-        form
-        if found.value is None
-        or not found.method.startswith(("precision", "recall", "regret", "rank", "beats"))
-        else form.lstrip("+")
-    )
     if found.value is None:
         return "-"
     if found.low is None or found.high is None:

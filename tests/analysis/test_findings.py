@@ -49,7 +49,7 @@ def made(errors: dict[str, Any], *, study: dict[str, Any] | None = None, **colum
     return loaders.of_tables(records.Tables(about | (study or {}), trials, epochs, genotypes), {})
 
 
-def claims(found: Sample) -> dict[str, sections.Claim]:
+def claims(found: Sample) -> dict[str, sections.Answer]:
     return {one.claim.split()[0]: one for one in sections.claims(found, findings.find(found))}
 
 

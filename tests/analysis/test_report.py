@@ -2,6 +2,7 @@ import hashlib
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from analysis import checklist, findings, loaders, page, report
 from analysis.loaders import Sample
-from analysis.resample import Draws
+from analysis.resample import Draws, Estimate
 from tests.analysis.conftest import Build, end, epoch, genotype, start, write_rows, write_study, write_trial
 
 MACRO = Path(__file__).parents[3] / "shared" / "data" / "nas-bench-macro" / "nas-bench-macro_cifar10.json"
@@ -169,6 +170,9 @@ def test_the_report_of_nas_bench_macro_warns_counts_and_knows_its_ceiling(tmp_pa
     assert 0.99 < found["ceiling"]["value"] < 1
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Noise ceiling: no metric can correlate" in text
+    tau = 2 / np.pi * np.arcsin(found["ceiling"]["value"])
+    assert f"r = {found['ceiling']['value']:.3f}" in text
+    assert f"which is tau-b {tau:.3f} [" in text
     assert "499 resamples" in text
 
 
@@ -260,6 +264,31 @@ def test_a_metric_that_only_tells_arms_apart_gets_no_verdict(build: Build) -> No
     found = {one.name: one for one in findings.find(whole).metrics}["search_cost"]
     assert found.verdict == "no verdict: constant within arms"
     assert found.p_adjusted is None
+
+
+def test_the_rule_of_verdicts_is_the_one_on_the_page(
+    tmp_path: Path, written: tuple[Path, list[Path]]
+) -> None:
+    one = findings.metric_finding(sample(sweep(tmp_path / "study")), "search_alpha_margin", QUICK)
+
+    def verdict(low: float | None, high: float | None, p: float | None) -> str:
+        headline = Estimate(0.05, low, high, 99, 99, "tau-b", restriction=None if low is not None else "few")
+        return findings._judged(replace(one, headline=headline), p, "Holm").verdict
+
+    assert verdict(0.01, 0.09, 0.001) == "not supported"  # however small p is
+    assert verdict(0.01, 0.09, 0.6) == "not supported"
+    assert verdict(0.01, 0.11, 0.001) == "supported"
+    assert verdict(None, None, 0.001) == "supported"
+    assert verdict(-0.2, 0.2, 0.6) == "undecided at n=99"
+    text = (written[0] / "out" / "report.md").read_text()
+    assert "not supported where its interval lies within -0.1 and +0.1, whatever its p-value says" in text
+
+
+def test_a_claim_holds_what_became_of_the_runs_behind_it(written: tuple[Path, list[Path]]) -> None:
+    found = {one["claim"]: one for one in results(written[0] / "out")["claims"]}
+    whole = {"n_total": 10, "n_used": 10, "n_pruned": 0, "n_failed": 0, "n_pending": 0}
+    assert found["K=4 errs less than K=1"]["flow"] == whole
+    assert found["K=4 errs less than K=1"]["kind"] == "arm"
 
 
 def test_declared_metrics_form_a_family_of_their_own(tmp_path: Path) -> None:
