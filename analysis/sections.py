@@ -264,7 +264,7 @@ def _arms(sample: Sample, found: Findings) -> list[Block]:
                 error,
                 f"{arm['n_unique']:,}",
                 *(
-                    "-" if _nan(arm[name]) else f"{arm[name]:.3g}"
+                    "-" if _nan(arm[name]) else _short(arm[name])
                     for name in ("params_m", "skips", "search_seconds", "peak_memory_mb")
                 ),
             ]
@@ -995,6 +995,11 @@ def _p(value: float | None) -> str:
 
 def _p_is(value: float | None) -> str:
     return "no p" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _short(value: float) -> str:
+    """The number with three digits, and never as a power of ten: 1,730 and 0.0469."""
+    return f"{float(f'{value:.3g}'):,.12g}"
 
 
 def _nan(value: Any) -> bool:
