@@ -303,7 +303,7 @@ def _associations(one: MetricFinding) -> list[str]:
     lines = ["conditional on survival, not the association of all runs:"] if survivors else []
     found = {
         "tau-b within arms": grouped.within,
-        "tau-b pooled": overall.tau_b,
+        "tau-b pooled": grouped.pooled,
         "rho pooled": overall.spearman,
         "r pooled": overall.pearson,
         "tau-b of arms' means": grouped.between,

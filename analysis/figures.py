@@ -201,7 +201,7 @@ def overview(sample: Sample, found: Findings) -> Result:
     axes = figure.add_subplot()
     for place, one in enumerate(order):
         _interval(axes, place - 0.13, one.headline, BLUE, "o")
-        _interval(axes, place + 0.17, one.overall.tau_b, GREY, "s", open_=True)
+        _interval(axes, place + 0.17, one.grouped.pooled, GREY, "s", open_=True)
     _tau_axis(axes, found.ceiling)
     axes.set_ylim(-0.8, len(order) - 0.2)
     axes.set_yticks(range(len(order)), [_star(one) + _short(one.name) for one in order], fontsize=8.5)
@@ -214,7 +214,7 @@ def overview(sample: Sample, found: Findings) -> Result:
     ]
     _wrapped_legend(figure, handles)
     rows = [_row(one.name, one.headline, "headline") | {"p_adjusted": one.p_adjusted} for one in order]
-    rows += [_row(one.name, one.overall.tau_b, "pooled") for one in order]
+    rows += [_row(one.name, one.grouped.pooled, "pooled") for one in order]
     stars = " A star marks adjusted p < 0.05." if any(_star(one) for one in order) else ""
     first = top(found, 1)[0]
     return Drawing(

@@ -441,7 +441,7 @@ def _associations(sample: Sample, found: Findings) -> Table:
             f"{one.headline.n:,}",
             f"{one.headline.n_units:,}",
             _estimate(one.headline),
-            _estimate(one.overall.tau_b),
+            _estimate(one.grouped.pooled),
             _p(one.p),
             _p(one.p_adjusted),
             _detectable(one),
