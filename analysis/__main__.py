@@ -10,17 +10,19 @@ import numpy as np
 
 from analysis import (
     across,
+    associations,
     compare,
     correlate,
     divergence,
     findings,
+    limits,
     loaders,
     planning,
     report,
     studies,
     summary,
 )
-from analysis.findings import MetricFinding
+from analysis.associations import MetricFinding
 from analysis.loaders import Sample
 from analysis.planning import Plan
 from analysis.resample import Draws, Estimate, count
@@ -279,14 +281,14 @@ def _correlate(options: argparse.Namespace) -> int:
         raise ValueError(
             f"rows were measured under different protocols ({told}); --pool pools them all the same"
         )
-    draws, note = findings.draws_for(sample)
-    one = findings.metric_finding(sample, options.metric, draws)
+    draws, note = associations.draws_for(sample)
+    one = associations.metric_finding(sample, options.metric, draws)
     used = int(np.isfinite(sample.metrics[one.name]).sum())
     print(f"{one.name} against {sample.endpoint}")
     print(f"{studies.counted(sample)}; {used} rows with the metric")
     overall = one.overall
     print(f"n = {overall.n_used} of {overall.n_total} rows with both, {overall.n_unique} independent")
-    for sentence in findings.limits(sample, options.pool):
+    for sentence in limits.limits(sample, options.pool):
         print(f"restricted: {sentence}")
     stopped = _corrected(one) if one.pruned is not None else []
     print("\n".join([*stopped, *_associations(one)]))
@@ -339,7 +341,7 @@ def _against(sample: Sample, one: MetricFinding, other: str, draws: Draws) -> li
     """Lines on whether a metric goes more with the error than another, which two intervals do not tell."""
     lines = [f"tau-b of {one.name} less that of {other}, on the same rows, resampled together:"]
     for over in ("within arms", "pooled"):
-        found = findings.against(sample, one.name, other, draws, over=over)
+        found = associations.against(sample, one.name, other, draws, over=over)
         lines.append(_line(over, found.restricted("survivors only" if one.pruned is not None else None)))
     return lines
 
@@ -464,7 +466,7 @@ def _spread(options: argparse.Namespace) -> tuple[float, list[str]]:
     pilot = replace(pilot, tables=summary.pooled(pilot.tables)) if options.pool else pilot
     spread, df = findings.spread(pilot)
     doubts = findings.spread_doubts(pilot)
-    left_out = f"left out: {findings.told(doubts)}" if doubts else ""
+    left_out = f"left out: {limits.told(doubts)}" if doubts else ""
     if not spread:
         pool = " or --pool" if any("different protocols" in why for why in doubts.values()) else ""
         why = f"; {left_out}" if doubts else ""

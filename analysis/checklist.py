@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.findings import Findings, costs, told
+from analysis.findings import Findings, costs
+from analysis.limits import told
 from analysis.loaders import Sample
 
 Answer = Literal["yes", "no", "unknown"]

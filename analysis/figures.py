@@ -22,9 +22,11 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 from scipy import stats
 
 from analysis import agreement, cells, planning, plots
+from analysis.associations import EpochCurve, MetricFinding, ranked, swept
 from analysis.compare import mean_interval
 from analysis.correlate import EpochAssociation, apart
-from analysis.findings import EpochCurve, Findings, MetricFinding, by_seed, pareto, ranked, swept, told
+from analysis.findings import Findings, by_seed, pareto
+from analysis.limits import told
 from analysis.loaders import Sample
 from analysis.mixed import tau_ceiling
 from analysis.plots import BLUE, GREY, INK, PALE, VERMILION, blank, legend

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from analysis.agreement import KEPT
+from analysis.associations import NEGLIGIBLE, MetricFinding, Unanswered, ranked
 from analysis.checklist import Item
 from analysis.compare import MARGIN, Comparison, Difference, PairedDifference
 from analysis.correlate import apart
-from analysis.findings import NEGLIGIBLE, Findings, Flow, MetricFinding, Unanswered, Versus, ranked
+from analysis.findings import Findings, Versus
+from analysis.limits import Flow
 from analysis.loaders import Sample
 from analysis.mixed import tau_ceiling
 from analysis.page import Block, Bullets, Cards, Heading, Picture, Table, Text

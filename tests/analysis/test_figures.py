@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from scipy import stats
 
-from analysis import agreement, cells, figures, findings, loaders, mixed, plots, report
+from analysis import agreement, associations, cells, figures, findings, loaders, mixed, plots, report
 from analysis.figures import Drawing
 from analysis.findings import Findings
 from analysis.loaders import Sample
@@ -220,7 +220,7 @@ class Drawn:
     drawings: Mapping[str, Drawing]
     reasons: Mapping[str, str]
 
-    def metric(self, stem: str) -> findings.MetricFinding:
+    def metric(self, stem: str) -> associations.MetricFinding:
         """The metric of a figure."""
         return next(one for one in self.found.metrics if stem.partition("_")[2] == one.name)
 
@@ -246,7 +246,7 @@ class Sources(dict[str, Drawn]):
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sources]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "_MODELS", 0)  # mixed models take seconds, and no figure shows them
+        patch.setattr(associations, "_MODELS", 0)  # mixed models take seconds, and no figure shows them
         yield Sources(tmp_path_factory.mktemp("sources"))
 
 

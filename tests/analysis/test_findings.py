@@ -9,7 +9,19 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import checklist, findings, loaders, page, pruning, records, sections, selection, summary
+from analysis import (
+    associations,
+    checklist,
+    findings,
+    limits,
+    loaders,
+    page,
+    pruning,
+    records,
+    sections,
+    selection,
+    summary,
+)
 from analysis.loaders import Sample
 from analysis.resample import Draws
 
@@ -62,7 +74,7 @@ def test_metrics_that_differ_in_their_last_bits_are_constant() -> None:
     assert len(np.unique(noise)) > 1
     runs = made({"a": error}, margin=noise)
     assert [one.name for one in findings.find(runs).metrics] == []
-    one = findings.metric_finding(runs, "margin", QUICK)
+    one = associations.metric_finding(runs, "margin", QUICK)
     assert (one.headline.value, one.test.p) == (None, None)
 
 
@@ -70,7 +82,7 @@ def test_metrics_that_differ_in_their_last_bits_are_constant() -> None:
 def test_the_unit_of_a_metric_changes_nothing(scale: float) -> None:
     draw = np.random.default_rng(0)
     error, metric = draw.random(20), draw.random(20)
-    one = findings.metric_finding(made({"a": error}, margin=scale * metric), "margin", QUICK)
+    one = associations.metric_finding(made({"a": error}, margin=scale * metric), "margin", QUICK)
     assert one.headline.value == pytest.approx(stats.kendalltau(metric, error).statistic)
 
 
@@ -92,7 +104,7 @@ def test_a_network_of_several_arms_with_one_final_error_is_one_unit() -> None:
     assert one.p_adjusted is None
     apart = made({arm: np.add(error, shift) for arm, shift in zip("abc", (0, 0.01, 0.02), strict=True)})
     apart = replace(apart, metrics=pd.DataFrame({"margin": [1.0, 2.0, 3.0, 4.0] * 3}))
-    assert findings.metric_finding(apart, "margin", QUICK).headline.n_units == 12
+    assert associations.metric_finding(apart, "margin", QUICK).headline.n_units == 12
 
 
 def collapsed(n: int = 4) -> Sample:
@@ -242,7 +254,7 @@ def test_a_declared_metric_never_vanishes() -> None:
     }
     assert found["good"].p is not None
     assert found["good"].p_adjusted == pytest.approx(min(1, 6 * found["good"].p))
-    strange = [text for text in findings.limits(runs) if "does not record" in text]
+    strange = [text for text in limits.limits(runs) if "does not record" in text]
     assert len(strange) == 1
     assert "names magic, which" in strange[0]
 
@@ -301,8 +313,9 @@ def test_a_weighted_verdict_is_adjusted_with_the_others() -> None:
     found = {one.name: one for one in findings.find(runs).metrics}
     p = {}
     for name in ("one", "two"):
+        draws = associations.draws_for(runs)[0]
         test = pruning.association(
-            runs.metrics[name], error, probability=chance, stopped=stopped, draws=findings.draws_for(runs)[0]
+            runs.metrics[name], error, probability=chance, stopped=stopped, draws=draws
         ).test
         assert found[name].p == test.p is not None
         p[name] = float(test.p or 0)
@@ -325,7 +338,7 @@ def test_a_search_completes_with_the_chance_that_any_retraining_does(rungs: str,
     assert runs.trials["completion_probability"].tolist() == pytest.approx([expected, 1.0])
     assert runs.error.tolist() == [0.1, 0.2]
     assert any(
-        "Of 1 searches with a final error some retrainings were stopped" in t for t in findings.limits(runs)
+        "Of 1 searches with a final error some retrainings were stopped" in t for t in limits.limits(runs)
     )
     assert "stopped early" in str(summary.dependence(runs.tables, "a"))
 
@@ -422,10 +435,10 @@ def test_what_one_metric_says_more_than_another_has_no_unit_and_no_direction(sig
         ],
     }
     for over in ("pooled", "within arms"):
-        found = findings.against(runs, "good", "poor", QUICK, over=over)  # type: ignore[arg-type]
+        found = associations.against(runs, "good", "poor", QUICK, over=over)  # type: ignore[arg-type]
         assert found.value == pytest.approx(expected[over][0] - expected[over][1])
         assert ("good" in str(found.restriction)) == (sign < 0)
-        back = findings.against(runs, "poor", "good", QUICK, over=over)  # type: ignore[arg-type]
+        back = associations.against(runs, "poor", "good", QUICK, over=over)  # type: ignore[arg-type]
         assert back.value == pytest.approx(-found.value)
 
 
@@ -434,7 +447,7 @@ def test_a_metric_that_is_nowhere_finite_is_no_better_than_another(over: Any) ->
     runs = made({"a": [0.1, 0.2, 0.3], "b": [0.2, 0.3, 0.4]}, good=range(6))
     runs = replace(runs, metrics=runs.metrics.assign(lost=np.inf))
     for names in (("good", "lost"), ("lost", "good")):
-        found = findings.against(runs, *names, QUICK, over=over)
+        found = associations.against(runs, *names, QUICK, over=over)
         assert found.value is None
         assert "fewer than 3" in str(found.restriction)
 
@@ -477,7 +490,7 @@ def _timed(runs: Sample) -> records.Tables:
 def test_many_metrics_are_drawn_less_often_and_declared_ones_as_often_as_ever() -> None:
     names = [f"m{number}" for number in range(200)]
     plain = Draws()
-    assert findings._budget(names[:10], 100, plain) == plain
-    fewer = findings._budget(names, 100, plain)
+    assert associations._budget(names[:10], 100, plain) == plain
+    fewer = associations._budget(names, 100, plain)
     assert fewer.resamples == fewer.permutations == 999
-    assert findings._budget(names, 100, QUICK) == QUICK
+    assert associations._budget(names, 100, QUICK) == QUICK

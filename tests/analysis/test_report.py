@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import checklist, findings, loaders, page, report
+from analysis import associations, checklist, findings, loaders, page, report
 from analysis.loaders import Sample
 from analysis.resample import Draws, Estimate
 from tests.analysis.conftest import Build, end, epoch, genotype, start, write_rows, write_study, write_trial
@@ -215,7 +215,7 @@ def test_survivors_get_no_verdict_and_weights_are_used_where_they_were_recorded(
                 else end(trial, test_error=metric + 0.1 * draw.random())
             )
             write_rows(folder, [*rows, last])
-        one = findings.metric_finding(sample(folder), "search_valid_loss", QUICK)
+        one = associations.metric_finding(sample(folder), "search_valid_loss", QUICK)
         assert one.pruned is not None
         assert bool(one.pruned.weighted) is designed
         found = {m.name: m for m in findings.find(sample(folder)).metrics}["search_valid_loss"]
@@ -243,7 +243,7 @@ def test_metrics_that_are_not_finite_are_counted_and_left_out(build: Build) -> N
     tables = build({"K=1": [0.1, 0.2, 0.3, 0.15, 0.25]}, baseline=None)
     trials = tables.trials.assign(search_margin=[1.0, np.nan, np.inf, 2.0, 3.0])
     whole = loaders.of_tables(type(tables)(tables.study, trials, tables.epochs, tables.genotypes), {})
-    one = findings.metric_finding(whole, "search_margin", QUICK)
+    one = associations.metric_finding(whole, "search_margin", QUICK)
     assert (one.overall.n_used, one.overall.n_no_metric) == (3, 2)
     assert any("search_margin (2)" in text for text in findings.find(whole).restrictions)
 
@@ -269,7 +269,7 @@ def test_a_metric_that_only_tells_arms_apart_gets_no_verdict(build: Build) -> No
 def test_the_rule_of_verdicts_is_the_one_on_the_page(
     tmp_path: Path, written: tuple[Path, list[Path]]
 ) -> None:
-    one = findings.metric_finding(sample(sweep(tmp_path / "study")), "search_alpha_margin", QUICK)
+    one = associations.metric_finding(sample(sweep(tmp_path / "study")), "search_alpha_margin", QUICK)
 
     def verdict(low: float | None, high: float | None, p: float | None) -> str:
         headline = Estimate(0.05, low, high, 99, 99, "tau-b", restriction=None if low is not None else "few")
@@ -296,7 +296,7 @@ def test_declared_metrics_form_a_family_of_their_own(tmp_path: Path) -> None:
     found = {one.name: one for one in findings.find(sample(folder)).metrics}
     assert found["search_alpha_margin"].adjustment == "Holm over 1"
     assert found["params_m"].adjustment.startswith("Benjamini-Hochberg")
-    assert next(iter(findings.ranked(list(found.values())))).name == "search_alpha_margin"
+    assert next(iter(associations.ranked(list(found.values())))).name == "search_alpha_margin"
 
 
 def test_runs_that_found_one_network_are_one_unit(build: Build) -> None:
@@ -311,7 +311,7 @@ def test_many_rows_are_drawn_less_often_and_that_is_said(build: Build) -> None:
     many = pd.concat([tables.trials] * 1001, ignore_index=True)
     many = many.assign(search_id=[str(number) for number in range(1001)])
     whole = loaders.of_tables(type(tables)(tables.study, many, tables.epochs, tables.genotypes), {})
-    draws, note = findings.draws_for(whole)
+    draws, note = associations.draws_for(whole)
     assert (draws.resamples, draws.permutations) == (499, 499)
     assert "499 resamples" in note
 
@@ -402,7 +402,7 @@ def test_weights_are_taken_within_arms(tmp_path: Path) -> None:
         for a, b in pairs:
             weight = a[2] * b[2]
             expected += weight * np.sign((a[0] - b[0]) * (a[1] - b[1])), weight
-    found = findings.metric_finding(sample(folder), "search_valid_loss", QUICK)
+    found = associations.metric_finding(sample(folder), "search_valid_loss", QUICK)
     assert found.headline.value == pytest.approx(expected[0] / expected[1])
     assert not found.pooled
     assert found.pruned is not None
