@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from analysis.associations import swept
 from analysis.findings import Findings, costs
 from analysis.limits import told
 from analysis.loaders import Sample
@@ -68,9 +69,9 @@ def _settings(prefix: str, seed: str, what: str) -> Callable[[Sample, Findings],
     def answer(sample: Sample, found: Findings) -> Finding:
         columns = _columns(sample, prefix)
         column = f"{seed}_seed"
-        if not columns or column not in sample.trials:
+        seeds = sample.seeds.get(column)
+        if not columns or seeds is None:
             return "unknown", f"no settings of {what} with seeds were recorded"
-        seeds = sorted(sample.trials[column].dropna().unique().tolist())
         named = ", ".join(f"{value:g}" for value in seeds[:12]) + (", ..." if len(seeds) > 12 else "")
         return "yes", f"{len(columns)} settings of {what} in every trial's config; {seed} seeds {named}"
 
@@ -100,9 +101,14 @@ def _confounders(sample: Sample, found: Findings) -> Finding:
 def _ablations(sample: Sample, found: Findings) -> Finding:
     if len(found.versus) == 0 and found.sweep is None:
         return ("unknown", "no arms that differ in one setting")
+    if sample.tables.study.get("joint"):
+        return "no", "settings were chosen together, none was varied alone"
     axis = sample.tables.study.get("axis")
+    axes = [name.removeprefix("axes.") for name in swept(sample)] or ([str(axis)] if axis else [])
     arms = [arm for arm in sample.tables.arms if arm != sample.tables.baseline]
-    return ("yes", f"{len(arms)} arms along {axis}") if axis and len(arms) > 1 else ("no", "one setting only")
+    if axes and len(arms) > 1:
+        return "yes", f"{len(arms)} arms along {' and '.join(axes)}"
+    return "no", "one setting only"
 
 
 def _protocol(sample: Sample, found: Findings) -> Finding:

@@ -86,6 +86,20 @@ class Sample:
         return self.trials["test_error"].where(used).astype(float)
 
     @property
+    def seeds(self) -> dict[str, list[int]]:
+        """Seeds that the trials took, by the name of their column; of retraining, those of every training."""
+        columns = {
+            name: self.trials[name]
+            for name in map(str, self.trials.columns)
+            if name.endswith("_seed") and "." not in name
+        }
+        if "retrain_seed" in columns and len(self.finals):
+            columns["retrain_seed"] = self.finals["retrain_seed"]
+        return {
+            name: sorted(int(value) for value in values.dropna().unique()) for name, values in columns.items()
+        }
+
+    @property
     def units(self) -> "pd.Series[Any]":
         """Independent unit of each row: its network where known, since several runs may find the same one."""
         known = self.trials["genotype_key"]

@@ -128,7 +128,7 @@ def _results(
         },
         "endpoint": sample.endpoint,
         "unit": "network, by genotype key" if found.counts.n_used else None,
-        "seeds": sections.seeds(sample),
+        "seeds": sample.seeds,
         **values,
         "protocols": plain(sample.protocols),
         "claims": plain(sections.claims(sample, found)),

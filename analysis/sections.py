@@ -926,7 +926,7 @@ def _environment(sample: Sample) -> list[Block]:
             name.replace("_", " ") + "s",
             ", ".join(map(str, values[:40])) + (", ..." if len(values) > 40 else ""),
         ]
-        for name, values in seeds(sample).items()
+        for name, values in sample.seeds.items()
     ]
     rows += [[f"sha256 of {name}", digest] for name, digest in sample.sources.items()]
     return [Table(["", ""], rows)] if rows else [Text("No provenance was recorded.", "warning")]
@@ -1018,15 +1018,6 @@ def _plain_text(value: Any) -> str:
         if value in ([], ())
         else str(value)
     )
-
-
-def seeds(sample: Sample) -> dict[str, list[int]]:
-    """Seeds that the trials took, by the name of their column."""
-    return {
-        name: sorted(int(value) for value in sample.trials[name].dropna().unique())
-        for name in map(str, sample.trials.columns)
-        if name.endswith("_seed") and "." not in name
-    }
 
 
 def _agreement(found: Findings, drawn: Sequence[Block]) -> list[Block]:

@@ -337,6 +337,9 @@ def test_the_checklist_answers_from_records_only(tmp_path: Path) -> None:
     assert items[15].answer == "unknown"  # what tuning cost no record tells
     assert "hours of search and retraining over all trials" in items[15].evidence
     assert items[13].answer == "no"
+    assert (items[8].answer, items[8].evidence) == ("yes", "2 arms along K")
+    trainings = pd.concat([whole.finals, whole.finals.assign(retrain_seed=7)])
+    assert replace(whole, finals=trainings).seeds["retrain_seed"] == [0, 1, 7], "of every training"
 
 
 def test_the_front_is_that_of_the_validation_error(tmp_path: Path) -> None:
