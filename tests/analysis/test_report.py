@@ -273,7 +273,7 @@ def test_the_rule_of_verdicts_is_the_one_on_the_page(
 
     def verdict(low: float | None, high: float | None, p: float | None) -> str:
         headline = Estimate(0.05, low, high, 99, 99, "tau-b", restriction=None if low is not None else "few")
-        return findings._judged(replace(one, headline=headline), p, "Holm").verdict
+        return associations._judged(replace(one, headline=headline), p, "Holm").verdict
 
     assert verdict(0.01, 0.09, 0.001) == "not supported"  # however small p is
     assert verdict(0.01, 0.09, 0.6) == "not supported"
