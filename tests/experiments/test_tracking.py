@@ -942,7 +942,10 @@ def test_the_report_of_a_store_is_that_of_the_folder(tmp_path: Path, new_store: 
     results = []
     for path, name in ((folder, "a"), (tmp_path / "mlflow.db", "b")):
         report.write(path, tmp_path / name, study=STUDY_ID if name == "b" else None)
-        results.append(json.loads((tmp_path / name / "results.json").read_text()) | {"sources": {}})
+        found = json.loads((tmp_path / name / "results.json").read_text()) | {"sources": {}}
+        for arm in found["agreement"]:  # a store has no genotypes of epochs
+            arm |= dict.fromkeys(("kept_from", "last_epoch", "epochs"))
+        results.append(found)
     assert results[0] == results[1]
 
 
