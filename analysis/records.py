@@ -516,12 +516,13 @@ def tables_of(study: Mapping[str, Any], rows: Mapping[Path, Sequence[Row]]) -> T
 
 def _tables(study: Mapping[str, Any], rows: Mapping[Path, Sequence[Row]]) -> dict[str, pa.Table]:
     trials = _trials(study, rows)
+    protocols = {trial.id: _protocol(study, trial) for trial in trials}
     return {
-        "trials": _trials_table(study, trials),
+        "trials": _trials_table(study, trials, protocols),
         "epochs": _epochs_table(trials),
         "genotypes": _genotypes_table(trials),
-        "finals": _finals_table(study, trials),
-        "protocols": _protocols_table(study, trials),
+        "finals": _finals_table(trials, protocols),
+        "protocols": _protocols_table(protocols.values()),
     }
 
 
@@ -611,7 +612,9 @@ def _again(folder: Path) -> str:
     return f"remove {folder / 'tables'}: `python -m analysis report {folder} --out DIR` builds it anew"
 
 
-def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Table:
+def _trials_table(
+    study: Mapping[str, Any], trials: Sequence[_Trial], protocols: Mapping[str, Row]
+) -> pa.Table:
     axes = _columns(
         "axes.", [{key: _scalar(value) for key, value in t.start["axes"].items()} for t in trials]
     )
@@ -625,7 +628,7 @@ def _trials_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
         "trial_id": _strings(trial.id for trial in trials),
         "search_id": _strings(trial.search for trial in trials),
         "retraining_id": _strings(trial.retraining for trial in trials),
-        "protocol_id": _strings(_protocol(study, trial)["protocol_id"] for trial in trials),
+        "protocol_id": _strings(protocols[trial.id]["protocol_id"] for trial in trials),
         "arm": _strings(trial.start["arm"] for trial in trials),
         "name": _strings(trial.start["name"] for trial in trials),
         **{name: _typed(values) for name, values in axes.items()},
@@ -707,7 +710,7 @@ def _genotypes(rows: Sequence[Row]) -> pa.Table:
     return pa.table({name: pa.array([row[name] for row in rows], types[name]) for name in order})
 
 
-def _finals_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Table:
+def _finals_table(trials: Sequence[_Trial], protocols: Mapping[str, Row]) -> pa.Table:
     """One row per final training: the test error after its last epoch, and the size of the network."""
     ends = [
         (trial, trial.end["metrics"])
@@ -721,7 +724,7 @@ def _finals_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
         {
             "trial_id": _strings(trial.id for trial, _ in ends),
             "retrain_seed": _typed(seeds),
-            "protocol_id": _strings(_protocol(study, trial)["protocol_id"] for trial, _ in ends),
+            "protocol_id": _strings(protocols[trial.id]["protocol_id"] for trial, _ in ends),
             **{
                 name: _floats(end.get(name) for _, end in ends)
                 for name in ("test_error", "params_m", "madds_m")
@@ -730,9 +733,9 @@ def _finals_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Tabl
     )
 
 
-def _protocols_table(study: Mapping[str, Any], trials: Sequence[_Trial]) -> pa.Table:
+def _protocols_table(protocols: Iterable[Row]) -> pa.Table:
     """One row per protocol, one column per setting; protocols come by their ids."""
-    found = {row["protocol_id"]: row for row in (_protocol(study, trial) for trial in trials)}
+    found = {row["protocol_id"]: row for row in protocols}
     columns = _columns("", [found[name] for name in sorted(found)])
     return pa.table(
         {"protocol_id": _strings(columns.pop("protocol_id", []))}
